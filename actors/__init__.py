@@ -1,0 +1,1 @@
+"""Rollout workers: a vLLM engine in a Ray process that turns prompts into rollouts."""

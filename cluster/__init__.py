@@ -1,0 +1,1 @@
+"""The roof: driver, rounds, pools, placement, checkpoints and the command line."""

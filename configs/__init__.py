@@ -1,0 +1,1 @@
+"""What a run is: frozen, strict sections that together make one RunConfig."""

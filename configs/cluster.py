@@ -1,0 +1,49 @@
+"""Where the workers run, and how long anything may take."""
+
+from typing import Literal
+
+from configs.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+class RolePlacementConfig(Section):
+    """The placement group of one role."""
+
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    resources: dict[str, PositiveFloat] = {}
+    """Custom Ray resources each worker needs besides CPUs and accelerators, to pin a role to certain nodes."""
+
+
+class PlacementConfig(Section):
+    """One placement group a role."""
+
+    rollout: RolePlacementConfig = RolePlacementConfig()
+    scoring: RolePlacementConfig = RolePlacementConfig()
+    learner: RolePlacementConfig = RolePlacementConfig()
+
+
+class DeadlinesConfig(Section):
+    """Upper bounds of every wait, in seconds."""
+
+    placement_s: PositiveFloat = 60.0
+    """Until the cluster has granted all placement groups."""
+    start_s: PositiveFloat = 600.0
+    """Until a worker has loaded its model."""
+    generate_s: PositiveFloat = 1800.0
+    score_s: PositiveFloat = 600.0
+    learn_s: PositiveFloat = 3600.0
+    publish_s: PositiveFloat = 600.0
+    checkpoint_s: PositiveFloat = 1800.0
+
+
+class ClusterConfig(Section):
+    """The Ray cluster and the life of the run on it."""
+
+    backend: Literal["cpu", "cuda"] = "cpu"
+    address: str | None = None
+    """A Ray address; without one, the cluster this command runs in, or else a new one on this machine."""
+    placement: PlacementConfig = PlacementConfig()
+    deadlines: DeadlinesConfig = DeadlinesConfig()
+    worker_replacements: NonNegativeInt = 3
+    """How many failed rollout or scoring workers may be replaced during a run."""
+    checkpoint_period_iterations: PositiveInt = 20
+    checkpoints_kept: PositiveInt = 2

@@ -1,0 +1,71 @@
+"""How the networks are trained: ranks, ZeRO, precision, optimisers, and the supervised stages."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule, counted in optimiser steps."""
+
+    learning_rate: PositiveFloat = 1e-6
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    final_fraction: Fraction = 0.1
+    """Share of the learning rate that is left at the end of a linear or cosine schedule."""
+
+
+class SFTConfig(Section):
+    """Supervised fine-tuning on demonstrations; the loss counts response tokens only."""
+
+    batch_sequences: PositiveInt = 48
+    num_steps: PositiveInt | None = None
+    """Optimiser steps; without it, `num_epochs` decides."""
+    num_epochs: PositiveInt = 1
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, schedule="cosine")
+
+
+class RewardModelTrainingConfig(Section):
+    """Reward modelling on pairwise comparisons."""
+
+    batch_pairs: PositiveInt = 32
+    num_epochs: PositiveInt = 1
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the prompts (never of the pairs) kept for the validation report."""
+    centering: NonNegativeFloat = 0.0
+    """Coefficient of the squared sum of a pair's scores."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9e-6, schedule="cosine")
+
+
+class LearnerConfig(Section):
+    """The learner: a group of ranks under DeepSpeed ZeRO."""
+
+    workers: PositiveInt = 1
+    """Ranks; on CUDA one accelerator each."""
+    cpus_per_worker: PositiveFloat = 1.0
+    threads_per_worker: PositiveInt = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    micro_batch_tokens: PositiveInt = 4096
+    """Tokens of one forward and backward pass, prompt included."""
+    packing: Literal["auto", "packed", "sorted"] = "auto"
+    """`packed`: sequences end to end, without padding; `sorted`: padded micro-batches of similar lengths. `auto` packs
+    where variable-length attention exists (CUDA) and sorts elsewhere."""
+    gradient_checkpointing: bool = False
+    offload_optimizer: bool = False
+    max_grad_norm: PositiveFloat = 1.0
+    policy_optimizer: OptimizerConfig = OptimizerConfig()
+    critic_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9e-6)
+    sft: SFTConfig = SFTConfig()
+    reward_model: RewardModelTrainingConfig = RewardModelTrainingConfig()
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do with a step whose loss or gradient is not finite; the batch is saved either way."""
+    max_consecutive_skips: NonNegativeInt = 3
+    bucket_mib: PositiveFloat = 256.0
+    """Size of one bucket of published weights; bounds the extra memory of a publish."""

@@ -1,0 +1,1 @@
+"""Ready-made run configurations; the exact command stands in each header."""

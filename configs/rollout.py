@@ -1,0 +1,66 @@
+"""How responses are sampled, and by how many workers."""
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+class RolloutConfig(Section):
+    """Rollout workers: each one owns a vLLM engine."""
+
+    workers: PositiveInt = 1
+    tensor_parallel: PositiveInt = 1
+    """Accelerators an engine spans (1 on a CPU)."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Logical CPUs that Ray reserves for a worker; workers that take turns may share a core."""
+    threads_per_worker: PositiveInt = 1
+    """Threads of the numerical libraries in one worker (CPU backend)."""
+
+    prompts_per_iteration: PositiveInt = 64
+    samples_per_prompt: PositiveInt = 1
+    max_prompt_tokens: PositiveInt = 512
+    max_response_tokens: PositiveInt = 128
+
+    decoding: Literal["sample", "greedy"] = "sample"
+    temperature: PositiveFloat = 1.0
+    top_p: Fraction = 1.0
+    top_k: NonNegativeInt = 0
+    """Keep only so many of the likeliest tokens; 0 keeps all."""
+    truncated_sampling: Literal["refuse", "allow"] = "refuse"
+    """Training on top-p, top-k or greedy samples gives tokens of zero behaviour probability to the learner's policy;
+    say `allow` to do it all the same (evaluation is not affected)."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_concurrent_sequences: PositiveInt = 128
+    kv_cache_gib: PositiveFloat = 1.0
+    """KV cache of one worker (CPU backend)."""
+    gpu_memory_fraction: Fraction = 0.85
+    """Share of each accelerator's memory that an engine may take (CUDA backend)."""
+    enforce_eager: bool = True
+
+    weight_transfer: Literal["object_store", "nccl"] = "object_store"
+    logprob_gap_bound: NonNegativeFloat = 1e-3
+    """Largest allowed gap, in nats, between the engine's and the learner's log-prob of the canary's tokens after a
+    publish. bfloat16 needs about 0.1."""
+
+    @property
+    def responses_per_iteration(self) -> int:
+        """Responses that one iteration samples."""
+        return self.prompts_per_iteration * self.samples_per_prompt
+
+    @property
+    def truncates_distribution(self) -> bool:
+        """Whether sampling gives some tokens probability zero."""
+        return self.decoding == "greedy" or self.top_p < 1.0 or self.top_k > 0
+
+    @model_validator(mode="after")
+    def _truncation_is_meant(self) -> Self:
+        if self.truncates_distribution and self.truncated_sampling == "refuse":
+            raise ValueError(
+                "top_p < 1, top_k > 0 and greedy decoding sample from a truncated distribution, so tokens that the "
+                "learner's policy can produce have behaviour probability zero and importance ratios are biased; use "
+                "temperature alone, or set rollout.truncated_sampling=allow"
+            )
+        return self

@@ -1,0 +1,104 @@
+"""The whole configuration of a run, and every rule that spans sections."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from configs.algorithm import AlgorithmConfig
+from configs.base import NonNegativeInt, Section
+from configs.cluster import ClusterConfig
+from configs.data import DataConfig
+from configs.learner import LearnerConfig
+from configs.models import ModelsConfig
+from configs.rollout import RolloutConfig
+from configs.rounds import RoundsConfig
+from configs.scoring import ModelRewardConfig, ScoringConfig
+from configs.tracking import TrackingConfig
+
+
+class RunSection(Section):
+    """What the run is called, where it is kept, and its seed."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
+    dir: str = "runs"
+    """The directory that holds run directories; must outlive the job and, on a cluster, be shared by the nodes."""
+    seed: NonNegativeInt = 0
+
+
+class RunConfig(Section):
+    """Everything that decides what a run does."""
+
+    run: RunSection
+    models: ModelsConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    learner: LearnerConfig = LearnerConfig()
+    algorithm: AlgorithmConfig
+    rounds: RoundsConfig = RoundsConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        responses = self.rollout.responses_per_iteration
+        minibatch = self.algorithm.minibatch_responses
+        if responses % minibatch:
+            raise ValueError(
+                f"rollout.prompts_per_iteration x rollout.samples_per_prompt = {responses} responses an iteration do not "
+                f"divide into minibatches of algorithm.minibatch_responses = {minibatch}"
+            )
+        if minibatch < self.learner.workers:
+            raise ValueError(
+                f"algorithm.minibatch_responses = {minibatch} is less than learner.workers = {self.learner.workers}: "
+                "some ranks would have nothing to do"
+            )
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
+        for name, budget in (
+            ("learner.micro_batch_tokens", self.learner.micro_batch_tokens),
+            ("scoring.micro_batch_tokens", self.scoring.micro_batch_tokens),
+        ):
+            if budget < longest:
+                raise ValueError(
+                    f"{name} = {budget} cannot hold one sequence of rollout.max_prompt_tokens + "
+                    f"rollout.max_response_tokens = {longest} tokens"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _context_is_long_enough(self) -> Self:
+        scratch = self.models.policy.scratch
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
+        if scratch is not None and scratch.context_tokens < longest:
+            raise ValueError(
+                f"models.policy.scratch.context_tokens = {scratch.context_tokens} is shorter than "
+                f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _data_for_the_stages(self) -> Self:
+        if self.models.policy.scratch is not None and self.data.demonstrations is None:
+            raise ValueError("models.policy.scratch needs data.demonstrations to train the tokenizer and the SFT policy")
+        trained = any(isinstance(r, ModelRewardConfig) and r.path == "trained" for r in self.scoring.rewards)
+        if not self.scoring.rewards:
+            raise ValueError("scoring.rewards is empty: name at least one reward")
+        if trained and self.models.reward.init == "none":
+            raise ValueError("scoring.rewards uses the trained reward model, but models.reward.init is none")
+        if trained and self.data.preferences is None:
+            raise ValueError("training a reward model needs data.preferences")
+        if self.models.critic.init == "reward" and not any(isinstance(r, ModelRewardConfig) for r in self.scoring.rewards):
+            raise ValueError("models.critic.init is reward, but scoring.rewards names no reward model: use policy")
+        names = [reward.name for reward in self.scoring.rewards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"scoring.rewards has two rewards of one name: {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _backend_can_do_it(self) -> Self:
+        if self.cluster.backend == "cpu":
+            if self.rollout.weight_transfer == "nccl":
+                raise ValueError("rollout.weight_transfer = nccl needs cluster.backend = cuda; use object_store")
+            if self.rollout.tensor_parallel > 1:
+                raise ValueError("rollout.tensor_parallel > 1 needs cluster.backend = cuda")
+        return self

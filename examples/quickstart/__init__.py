@@ -1,0 +1,1 @@
+"""A small language world in which RLHF visibly works on a laptop."""

@@ -1,0 +1,1 @@
+"""The learner: losses, batches, models and the DeepSpeed engine that applies them."""

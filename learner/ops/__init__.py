@@ -1,0 +1,1 @@
+"""Pure functions of tensors: every loss and estimator, one topic a module."""

@@ -1,0 +1,138 @@
+"""Generalised advantage estimation over responses, and the normalisation of its result.
+
+Response tokens are a left-aligned prefix of each row. Advantages and returns are computed once for a batch of
+rollouts, with the critic and the KL coefficient of that moment, and are constants in all epochs.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from learner.ops.masked import WHITEN_EPS, check_alike, check_mask, moments, whiten
+from learner.ops.rewards import last_token_mask
+
+
+@torch.no_grad()
+def bootstrap_values(
+    final_values: Tensor, *, truncated_mask: Tensor, truncated_value: Literal["terminal", "bootstrap"]
+) -> Tensor:
+    """Choose the value of the state that follows each response.
+
+        V_{T+1} = V(s_{T+1}) if truncated and "bootstrap", else 0
+
+    Source: AReaL, actor.py:201, but by the sampler's flag and not by the width of the batch.
+
+    Args:
+        final_values: `[B]`; the critic's, read at the last response token.
+        truncated_mask: `[B]`, bool; True where the sampler stopped at the length limit.
+        truncated_value: `algorithm.truncated_value`.
+
+    Returns:
+        `[B]`, zero for finished rows, for `gae`.
+
+    Raises:
+        ValueError: If shapes or dtypes are wrong, or the choice is unknown.
+    """
+    check_alike(final_values=final_values, ranks=(1,))
+    check_mask(truncated_mask, final_values.shape)
+    match truncated_value:
+        case "terminal":
+            return torch.zeros_like(final_values)
+        case "bootstrap":
+            return torch.where(truncated_mask, final_values, 0)
+        case _:
+            raise ValueError(f"unknown truncated_value {truncated_value!r}")
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor, values: Tensor, *, mask: Tensor, bootstrap_values: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Estimate advantages and returns.
+
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t     = delta_t + gamma lambda A_{t+1},  A_{T+1} = 0
+        Ret_t   = A_t + V_t
+
+    Source: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (2016),
+    eq. 16.
+
+    Args:
+        rewards: `[B, T]`, in units of the score.
+        values: `[B, T]`; the critic's when the batch was sampled, V_t read at the position before token t.
+        mask: `[B, T]`, bool; True at response tokens, a prefix of each row.
+        bootstrap_values: `[B]`; V_{T+1}, zero for a finished response, from the function of this name.
+        gamma: The discount per token.
+        gae_lambda: The decay of the estimate; 1 gives rewards-to-go, 0 the one-step error.
+
+    Returns:
+        Advantages and returns, each `[B, T]`, zero where the mask is False; without gradient.
+
+    Raises:
+        ValueError: If shapes or dtypes differ, or if the mask is not a prefix.
+    """
+    check_alike(rewards=rewards, values=values, ranks=(2,))
+    check_alike(one_value_per_row=rewards.new_empty(len(rewards)), bootstrap_values=bootstrap_values, ranks=(1,))
+    check_mask(mask, rewards.shape)
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise ValueError("response tokens must be a left-aligned prefix of each row")
+    values = torch.where(mask, values, 0)
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    next_values = torch.where(last_token_mask(mask), bootstrap_values[:, None], next_values)
+    deltas = torch.where(mask, rewards + gamma * next_values - values, 0)
+
+    advantages = torch.zeros_like(deltas)
+    running = torch.zeros_like(bootstrap_values)
+    # Deltas are zero in the padding, so `running` still is when it reaches the last token of a row.
+    for t in range(deltas.shape[1] - 1, -1, -1):
+        running = deltas[:, t] + gamma * gae_lambda * running
+        advantages[:, t] = running
+    return advantages, advantages + values
+
+
+@torch.no_grad()
+def normalize(
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    mode: Literal["none", "batch_std_only", "whiten"],
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+) -> Tensor:
+    """Bring advantages to the scale that the algorithm expects.
+
+        none            A
+        batch_std_only  A / sqrt(var + 1e-8)
+        whiten          (A - mean) / sqrt(var + 1e-8)
+
+    Anything but "none" takes the units from `apa_lambda`: the KL weight becomes apa_lambda times the standard
+    deviation of the advantages.
+
+    Args:
+        advantages: `[B, T]`, in units of the score.
+        mask: `[B, T]`, bool; True at response tokens.
+        mode: `algorithm.adv_norm`.
+        mean: Scalar from `moments`, over the rollouts of all ranks; by default that of these advantages.
+        var: Scalar from `moments`, over the rollouts of all ranks; given exactly when `mean` is.
+
+    Returns:
+        `[B, T]`, zero where the mask is False.
+
+    Raises:
+        ValueError: If shapes or dtypes are wrong, the mode is unknown, or only one of the moments is given.
+    """
+    check_alike(advantages=advantages, ranks=(2,))
+    check_mask(mask, advantages.shape)
+    if (mean is None) != (var is None):
+        raise ValueError("give both mean and var, or neither")
+    match mode:
+        case "none":
+            return torch.where(mask, advantages, 0)
+        case "batch_std_only":
+            scale = moments(advantages, mask)[1] if var is None else var
+            return torch.where(mask, advantages * torch.rsqrt(scale + WHITEN_EPS), 0)
+        case "whiten":
+            return whiten(advantages, mask, mean=mean, var=var)
+        case _:
+            raise ValueError(f"unknown advantage normalisation {mode!r}")

@@ -1,0 +1,205 @@
+"""The types on the wire, in the order in which they come to be.
+
+    Prompt -> Rollout -> ScoredRollout -> ScoredBatch -> UpdateReport -> IterationReport
+
+A later stage is a new type that contains the earlier one; no field is filled in afterwards. Arrays are numpy; torch
+begins inside the workers.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length"]
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A prompt, ready for the engine."""
+
+    prompt_id: str
+    """Unique within its data set, and stable from run to run."""
+    token_ids: IntArray
+    """[P] token ids, chat template applied."""
+    text: str
+    """What the user wrote (the last user turn of a conversation), for reward functions and for people."""
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Further columns of the data set."""
+
+
+class RolloutKey(NamedTuple):
+    """The identity of one response. Results are idempotent by key; keys sort in the order of the batch."""
+
+    round: int
+    iteration: int
+    prompt_id: str
+    sample: int
+
+    def seed(self, run_seed: int) -> int:
+        """Derive the sampling seed of this response.
+
+        It depends on the key and the run alone, so the tokens do not depend on which worker sampled them.
+        """
+        text = f"{run_seed}/{self.round}/{self.iteration}/{self.prompt_id}/{self.sample}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") & 0x7FFF_FFFF
+
+    def __str__(self) -> str:
+        return f"r{self.round}/i{self.iteration}/{self.prompt_id}#{self.sample}"
+
+
+class PolicyVersions(NamedTuple):
+    """The policy versions that sampled a response's first and last token."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """One response to be sampled."""
+
+    key: RolloutKey
+    prompt: Prompt
+    seed: int
+    max_response_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled response with everything the engine knew when it sampled it."""
+
+    key: RolloutKey
+    prompt: Prompt
+    response_ids: IntArray
+    """[T] sampled token ids, with EOS when it was sampled. Never re-tokenised."""
+    behavior_logprobs: FloatArray
+    """[T] log-probs of the sampled tokens under the distribution that was really sampled."""
+    finish_reason: FinishReason
+    policy_versions: PolicyVersions
+    worker: str
+    """Which rollout worker sampled it (for people; nothing depends on it)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens."""
+        return len(self.prompt.token_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutMeta:
+    """What the driver sees of a rollout."""
+
+    key: RolloutKey
+    prompt_tokens: int
+    response_tokens: int
+    finish_reason: FinishReason
+    policy_versions: PolicyVersions
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> "RolloutMeta":
+        """Describe a rollout without its arrays."""
+        return cls(
+            key=rollout.key,
+            prompt_tokens=len(rollout.prompt.token_ids),
+            response_tokens=len(rollout.response_ids),
+            finish_reason=rollout.finish_reason,
+            policy_versions=rollout.policy_versions,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardScores:
+    """What one scoring worker says about a group of rollouts, in the group's order."""
+
+    keys: tuple[RolloutKey, ...]
+    scores: FloatArray
+    """[B] the combined score, after calibration, combination, truncation rule, clip and scale."""
+    components: Mapping[str, FloatArray]
+    """Component name -> [B] normalised score before combination."""
+    gold: Mapping[str, FloatArray]
+    """`gold` and its components -> [B]; empty without a gold scorer. For evaluation only."""
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceLogprobs:
+    """The frozen reference's log-probs for a group of rollouts, in the group's order."""
+
+    keys: tuple[RolloutKey, ...]
+    logprobs: tuple[FloatArray, ...]
+    """For each rollout [T], under the frozen reference at the sampling temperature."""
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRollout:
+    """A rollout with its score and the reference's opinion of it."""
+
+    rollout: Rollout
+    score: float
+    components: Mapping[str, float]
+    gold: Mapping[str, float]
+    ref_logprobs: FloatArray
+    """[T] log-probs of the response tokens under the frozen reference."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredBatch:
+    """All scored rollouts of one iteration, in key order."""
+
+    round: int
+    iteration: int
+    policy_version: int
+    rollouts: tuple[ScoredRollout, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReport:
+    """What one iteration of learning did, over all ranks."""
+
+    metrics: Mapping[str, float]
+    """By the names in protocol.metrics."""
+    num_steps: int
+    num_skipped_steps: int
+    kl_nats_per_sequence: Mapping[RolloutKey, float]
+    """The k1 estimate of each response, summed over its tokens, under the policy before the update."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IterationReport:
+    """One iteration, as it is logged: one flat line in metrics.jsonl."""
+
+    round: int
+    iteration: int
+    policy_version: int
+    metrics: Mapping[str, float]
+    samples: tuple["SampleText", ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleText:
+    """A decoded response for people to read."""
+
+    key: RolloutKey
+    prompt: str
+    response: str
+    score: float
+    kl_nats: float
+    reward: float
+    """score - beta * KL: what the response was worth to the optimiser."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundReport:
+    """One round: where it ended, and how the policy compares with the one before."""
+
+    round: int
+    policy_version: int
+    num_iterations: int
+    evaluation: Mapping[str, Mapping[str, float | list[float]]]

@@ -1,0 +1,124 @@
+"""The roles that the driver sees. It knows these and no machine.
+
+    for finished in rollouts.generate(requests):          # one by one, as the engines finish them
+        scoring.add(finished)                             # groups are formed by key and scored meanwhile
+    scored = scoring.collect()                            # references, in key order
+    report = learner.update(scored, iteration=i)          # advantages, epochs, minibatches
+    publication = learner.publish(policy_version=v + 1)   # buckets and a manifest
+    proofs = rollouts.load(publication)                   # every worker proves what it holds
+
+Payloads are opaque references: the driver passes them on and never looks inside.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from protocol.messages import RolloutKey, RolloutMeta, RolloutRequest, SampleText, UpdateReport
+from protocol.weights import VersionProof, WeightManifest
+
+Payload = Any
+"""A reference to data that stays with the workers (a Ray object reference in a real run)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """One finished response: what the driver may know, and a reference to the Rollout."""
+
+    meta: RolloutMeta
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """References to one group's rollouts, RewardScores and ReferenceLogprobs."""
+
+    metas: tuple[RolloutMeta, ...]
+    rollouts: tuple[Payload, ...]
+    rewards: Payload
+    reference: Payload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringSummary:
+    """What the driver may know about the scores of a batch."""
+
+    means: Mapping[str, float]
+    """Component and gold means, and the combined score's, by metric name."""
+    scores: Mapping[RolloutKey, float]
+    gold: Mapping[RolloutKey, float]
+    busy_s: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredReferences:
+    """A whole scored batch, by reference, groups in key order."""
+
+    groups: tuple[ScoredGroup, ...]
+    summary: ScoringSummary
+
+    @property
+    def metas(self) -> tuple[RolloutMeta, ...]:
+        """Every rollout's description, in key order."""
+        return tuple(meta for group in self.groups for meta in group.metas)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """One published policy version: its manifest and references to its buckets."""
+
+    manifest: WeightManifest
+    buckets: tuple[Payload, ...]
+
+
+class RolloutPool(Protocol):
+    """Workers that sample responses with the policy version they can prove."""
+
+    def generate(self, requests: Sequence[RolloutRequest], *, policy_version: int) -> Iterator[Finished]:
+        """Yield each response as it is finished. Every key comes exactly once."""
+        ...
+
+    def load(self, publication: Publication) -> tuple[VersionProof, ...]:
+        """Bring every worker to the published version; fence those that cannot prove it."""
+        ...
+
+
+class ScoringPool(Protocol):
+    """Workers that score responses with reward models and with the frozen reference."""
+
+    def begin(self, keys: Sequence[RolloutKey]) -> None:
+        """Announce the keys of a batch, in key order; this fixes the groups."""
+        ...
+
+    def add(self, finished: Finished) -> None:
+        """Hand over a response; its group is scored as soon as it is complete."""
+        ...
+
+    def collect(self) -> ScoredReferences:
+        """Wait for the whole batch."""
+        ...
+
+
+class Learner(Protocol):
+    """A group of ranks that move together."""
+
+    def update(self, batch: ScoredReferences, *, round: int, iteration: int) -> UpdateReport:
+        """Learn from a batch."""
+        ...
+
+    def publish(self, *, policy_version: int) -> Publication:
+        """Gather the policy, bucket by bucket, as a new version."""
+        ...
+
+    def samples(self, batch: ScoredReferences, *, keys: Sequence[RolloutKey], report: UpdateReport) -> tuple[SampleText, ...]:
+        """Decode a few responses for people."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write all of the learner's state into an empty directory."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote."""
+        ...

@@ -1,0 +1,1 @@
+"""Scores: reward models, reward functions and the frozen reference, behind Ray workers."""
