@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class Section(BaseModel):
     """One section of the configuration: strict types, no unknown keys, immutable once read."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 PositiveInt = Annotated[int, Field(gt=0)]

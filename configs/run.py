@@ -79,7 +79,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _data_for_the_stages(self) -> Self:
         if self.models.policy.scratch is not None and self.data.demonstrations is None:
-            raise ValueError("models.policy.scratch needs data.demonstrations to train the tokenizer and the SFT policy")
+            raise ValueError(
+                "models.policy.scratch needs data.demonstrations to train the tokenizer and the SFT policy"
+            )
         trained = any(isinstance(r, ModelRewardConfig) and r.path == "trained" for r in self.scoring.rewards)
         if not self.scoring.rewards:
             raise ValueError("scoring.rewards is empty: name at least one reward")
@@ -87,7 +89,9 @@ class RunConfig(Section):
             raise ValueError("scoring.rewards uses the trained reward model, but models.reward.init is none")
         if trained and self.data.preferences is None:
             raise ValueError("training a reward model needs data.preferences")
-        if self.models.critic.init == "reward" and not any(isinstance(r, ModelRewardConfig) for r in self.scoring.rewards):
+        if self.models.critic.init == "reward" and not any(
+            isinstance(r, ModelRewardConfig) for r in self.scoring.rewards
+        ):
             raise ValueError("models.critic.init is reward, but scoring.rewards names no reward model: use policy")
         names = [reward.name for reward in self.scoring.rewards]
         if len(set(names)) != len(names):

@@ -72,3 +72,28 @@ def logprobs_in_chunks(hidden: Tensor, head: torch.nn.Module, token_ids: Tensor,
             part = token_logprobs(head(hidden[rows]), token_ids[rows], temperature=temperature)
         parts.append(part)
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def logprobs_and_entropy(
+    hidden: Tensor, head: torch.nn.Module, token_ids: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Compute log-probs and entropies from hidden states, a bounded number of logit rows at a time.
+
+    Args:
+        hidden: [N, D] hidden states at the positions that predict the tokens.
+        head: The language-model head, [D] -> [V].
+        token_ids: [N] the predicted tokens.
+        temperature: The sampling temperature.
+
+    Returns:
+        [N] log-probs, bit for bit those of `logprobs_in_chunks`, and [N] entropies in nats; fp32, without gradient.
+    """
+    logprobs: list[Tensor] = []
+    entropies: list[Tensor] = []
+    for start in range(0, max(hidden.shape[0], 1), _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
+        logits = head(hidden[rows])
+        logprobs.append(token_logprobs(logits, token_ids[rows], temperature=temperature))
+        entropies.append(entropy(logits, temperature=temperature))
+    return torch.cat(logprobs), torch.cat(entropies)

@@ -134,6 +134,15 @@ class ReferenceLogprobs:
     keys: tuple[RolloutKey, ...]
     logprobs: tuple[FloatArray, ...]
     """For each rollout [T], under the frozen reference at the sampling temperature."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceSummary:
+    """What the driver may know of a group's reference log-probs."""
+
+    keys: tuple[RolloutKey, ...]
+    behavior_kl_nats: FloatArray
+    """[B] sum over the response of behaviour log-prob minus reference log-prob: the k1 estimate of each sequence."""
     busy_s: float
 
 

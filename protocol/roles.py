@@ -47,7 +47,10 @@ class ScoringSummary:
     means: Mapping[str, float]
     """Component and gold means, and the combined score's, by metric name."""
     scores: Mapping[RolloutKey, float]
-    gold: Mapping[RolloutKey, float]
+    gold: Mapping[str, Mapping[RolloutKey, float]]
+    """`gold` and its components; empty without a gold scorer."""
+    kl_nats: Mapping[RolloutKey, float]
+    """The k1 estimate of each sequence, under the policy that sampled it."""
     busy_s: Mapping[str, float]
 
 
@@ -111,7 +114,9 @@ class Learner(Protocol):
         """Gather the policy, bucket by bucket, as a new version."""
         ...
 
-    def samples(self, batch: ScoredReferences, *, keys: Sequence[RolloutKey], report: UpdateReport) -> tuple[SampleText, ...]:
+    def samples(
+        self, batch: ScoredReferences, *, keys: Sequence[RolloutKey], report: UpdateReport
+    ) -> tuple[SampleText, ...]:
         """Decode a few responses for people."""
         ...
 

@@ -14,7 +14,7 @@ from learner.ops.rewards import last_token_mask
 
 
 @torch.no_grad()
-def bootstrap_values(
+def choose_bootstrap_values(
     final_values: Tensor, *, truncated_mask: Tensor, truncated_value: Literal["terminal", "bootstrap"]
 ) -> Tensor:
     """Choose the value of the state that follows each response.
@@ -62,7 +62,7 @@ def gae(
         rewards: `[B, T]`, in units of the score.
         values: `[B, T]`; the critic's when the batch was sampled, V_t read at the position before token t.
         mask: `[B, T]`, bool; True at response tokens, a prefix of each row.
-        bootstrap_values: `[B]`; V_{T+1}, zero for a finished response, from the function of this name.
+        bootstrap_values: `[B]`; V_{T+1}, zero for a finished response, from `choose_bootstrap_values`.
         gamma: The discount per token.
         gae_lambda: The decay of the estimate; 1 gives rewards-to-go, 0 the one-step error.
 

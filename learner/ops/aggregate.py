@@ -2,9 +2,13 @@
 
     agg(L) = sum over tokens of L * W
 
-The normaliser is in W and belongs to the whole optimiser step (all micro-batches and ranks), so losses simply add:
-a rank sums over its micro-batches, and the gradients are summed (not averaged) over ranks. It makes no difference
-whether the tensors are padded `[B, T]` or packed `[N]`: `weights[mask]` packs the weights.
+The normaliser is in W and belongs to the whole optimiser step (all micro-batches and ranks), so losses, diagnostics
+and gradients simply add. An engine that averages them over ranks and micro-batches instead has to be handed the loss
+times the number of both. It makes no difference whether the tensors are padded `[B, T]` or packed `[N]`:
+`weights[mask]` packs the weights.
+
+Diagnostics are weighted sums too: means over tokens where the weights of a step sum to 1, and to be divided by that
+sum where they do not.
 """
 
 from typing import Literal

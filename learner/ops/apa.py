@@ -23,13 +23,15 @@ def loss(
         target_t = log ref + A_t / apa_lambda
         L_t      = (log pi - target_t)^2
 
+    The KL to the reference is in the loss, so the rewards carry none; `old_logprobs` is for the diagnostics.
+
     Source: Zhu et al., "Fine-Tuning Language Models with Advantage-Induced Policy Alignment" (2023), eq. 9.
 
     Args:
         logprobs: `[B, T]` or `[N]`, nats; the policy's now.
-        old_logprobs: The same shape, nats; the learner's before the first step of this iteration. For watching only.
+        old_logprobs: The same shape, nats; the learner's before the first step of this iteration.
         ref_logprobs: The same shape, nats; the frozen reference's, by the learner's numerics.
-        advantages: The same shape; normalised as `adv_norm` says, from rewards without a KL penalty.
+        advantages: The same shape; normalised as `adv_norm` says.
         weights: The same shape; from `aggregate.token_weights`.
         settings: `algorithm`.
 
@@ -49,9 +51,10 @@ def loss(
         weights=weights,
     )
     log_ratio = where_weighted(logprobs - old_logprobs.detach(), weights)
-    target = where_weighted(ref_logprobs.detach() + advantages.detach() / settings.apa_lambda, weights)
+    advantages = where_weighted(advantages.detach(), weights)
     ratio = log_ratio.clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()
 
+    target = where_weighted(ref_logprobs.detach(), weights) + advantages / settings.apa_lambda
     residual = where_weighted(logprobs, weights) - target
     per_token = residual.square()
 

@@ -197,7 +197,7 @@ class AdaptiveKLController(FixedKLController):
 
             beta <- beta (1 + e n / horizon),  e = clip(KL / target - 1, -0.2, 0.2)
 
-        Source: Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (2019), section 2.2, in the form
+        Source: Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (2019), in the form
         of openai/lm-human-preferences, train_policy.py:115-124.
 
         Args:
@@ -210,10 +210,8 @@ class AdaptiveKLController(FixedKLController):
         super().update(kl)
         step = kl.num_sequences / self.config.horizon_episodes
         if MAX_RELATIVE_ERROR * step >= 1:
-            raise ValueError(
-                f"{kl.num_sequences} sequences against horizon_episodes={self.config.horizon_episodes} could turn the "
-                f"KL coefficient negative: the horizon must exceed a fifth of the batch"
-            )
+            horizon = self.config.horizon_episodes
+            raise ValueError(f"the KL horizon must exceed a fifth of the batch, {horizon=} and {kl.num_sequences=}")
         error = kl.nats / self.config.target_nats_per_sequence - 1
         self.beta *= 1 + min(max(error, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR) * step
 

@@ -24,13 +24,15 @@ def loss(
         L_t   = max( -A_t rho_t, -A_t clip(rho_t, 1 - clip_low, 1 + clip_high) )
         L_t   = min( L_t, -dual_clip A_t )  where A_t < 0, if dual_clip is set
 
+    The KL to the reference is in the reward, so `ref_logprobs` does not enter.
+
     Source: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), eq. 7; the dual clip: Ye et al.,
-    "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning" (2020), eq. 5.
+    "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning" (2020).
 
     Args:
         logprobs: `[B, T]` or `[N]`, nats; the policy's now.
         old_logprobs: The same shape, nats; the learner's before the first step of this iteration.
-        ref_logprobs: The same shape, nats; the frozen reference's. Not used: the KL is in the reward.
+        ref_logprobs: The same shape, nats; the frozen reference's, by the learner's numerics.
         advantages: The same shape; normalised as `adv_norm` says.
         weights: The same shape; from `aggregate.token_weights`.
         settings: `algorithm`.

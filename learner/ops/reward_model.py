@@ -76,8 +76,8 @@ def calibration(scores: Tensor) -> tuple[float, float]:
         raise ValueError(f"calibration needs at least two finite scores, got {scores.tolist()[:8]} ({len(scores)})")
     precise = scores.detach().double()
     mean, std = precise.mean().item(), precise.std(correction=0).item()
-    # Below float32 resolution the spread is rounding, and a gain would only blow it up.
-    if std <= 1e-6 * max(1.0, abs(mean)):
+    # A spread below the resolution of float32 is rounding, and a gain would only blow it up.
+    if std <= 1e-6 * precise.abs().max().item():
         raise ValueError(f"calibration needs scores that differ, got mean {mean} and standard deviation {std}")
     gain = 1 / std
     return gain, -gain * mean

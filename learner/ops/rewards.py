@@ -54,7 +54,7 @@ def per_token_rewards(
             not finite (a failed score must not become a reward).
     """
     check_alike(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, ranks=(2,))
-    check_alike(scores_per_row=old_logprobs[:, 0], scores=scores, ranks=(1,))
+    check_alike(one_score_per_row=old_logprobs.new_empty(len(old_logprobs)), scores=scores, ranks=(1,))
     check_mask(mask, old_logprobs.shape)
     if not mask.any(dim=1).all():
         raise ValueError("a response without tokens has nowhere to put its score")

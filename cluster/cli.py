@@ -1,0 +1,276 @@
+"""The command line. Heavy imports wait until a command needs them, so that --help and --dry-run answer at once."""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from configs.load import PRESETS, ConfigError, load
+from configs.run import RunConfig
+
+EXIT_FAILED, EXIT_USER, EXIT_RESUMABLE = 1, 2, 75
+
+app = typer.Typer(
+    name="rondo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Iterated online RLHF: from preferences to a policy that is measurably better.\n\n"
+    "Start with [bold]rondo quickstart[/]: it trains a small language model end to end on this machine.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+ckpt_app = typer.Typer(no_args_is_help=True, help="List and verify checkpoints.")
+app.add_typer(data_app, name="data")
+app.add_typer(ckpt_app, name="ckpt")
+
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+_ConfigArg = Annotated[str, typer.Argument(help="A YAML file, or a preset's name.", metavar="CONFIG")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print batch arithmetic and placement; start nothing.")]
+_Verbose = Annotated[bool, typer.Option("--verbose", help="Show the workers' own logs too.")]
+_RunDir = Annotated[Path, typer.Argument(help="A run directory, such as runs/quickstart.", metavar="RUN")]
+_console = Console(soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with the contract's codes."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in argv
+    argv = [argument for argument in argv if argument != "--traceback"]
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for room in ("actors", "cluster", "configs", "learner", "protocol", "reward_service"):
+        logging.getLogger(room).setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(_guarded(lambda: app(argv, standalone_mode=False), traceback=traceback))
+
+
+def _guarded(run: Callable[[], object], *, traceback: bool) -> int:
+    """Turn every ending into an exit code and one clear message: the supervision boundary of the driver."""
+    import click
+
+    from protocol.errors import UserError
+
+    try:
+        result = run()
+        return result if isinstance(result, int) else 0
+    except (ConfigError, UserError) as error:
+        _error(str(error), error, traceback)
+        return EXIT_USER
+    except click.ClickException as error:
+        error.show()
+        return EXIT_USER
+    except (KeyboardInterrupt, click.Abort):
+        _console.print("\nstopped; the same command goes on from the last checkpoint", style="yellow")
+        return EXIT_RESUMABLE
+    except Exception as error:  # noqa: BLE001
+        _error(f"{type(error).__name__}: {error}", error, traceback)
+        return EXIT_FAILED
+
+
+def _error(message: str, error: BaseException, traceback: bool) -> None:
+    stderr = Console(stderr=True, soft_wrap=True)
+    stderr.print(f"error: {message}", style="red", markup=False, highlight=False)
+    if traceback:
+        import traceback as module
+
+        stderr.print("".join(module.format_exception(error)), markup=False, highlight=False)
+    elif not isinstance(error, ConfigError):
+        stderr.print("(--traceback shows where it came from)", style="dim")
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _overrides(context: typer.Context) -> list[str]:
+    """Read `a.b=c`, `--a.b c` and `--a.b=c` alike."""
+    result: list[str] = []
+    rest = list(context.args)
+    while rest:
+        word = rest.pop(0)
+        name = word.removeprefix("--")
+        if "=" in word:
+            result.append(name)
+        elif word.startswith("--") and "." in name and rest:
+            result.append(f"{name}={rest.pop(0)}")
+        else:
+            raise ConfigError(f"cannot read {word!r}; overrides are section.key=value or --section.key value")
+    return result
+
+
+def _train(config: RunConfig, *, dry_run: bool, verbose: bool) -> None:
+    if dry_run:
+        from cluster.plan import render
+
+        _console.print(render(config))
+        return
+    from cluster.launch import train as run
+
+    run(config, _console, verbose=verbose)
+
+
+@app.command(context_settings=_OVERRIDES)
+def quickstart(context: typer.Context, dry_run: _DryRun = False, verbose: _Verbose = False) -> None:
+    """Train a small language model end to end on this machine, in a few minutes.
+
+    Supervised fine-tuning, a reward model from comparisons, RL, and an evaluation before and after, through the same
+    Ray, vLLM and DeepSpeed code that a cluster runs. The preset is configs/presets/quickstart.yaml; the result is kept
+    in runs/quickstart, and a second call shows it.
+
+    Example: rondo quickstart algorithm.name=ppo run.name=quickstart-ppo
+    """
+    _train(load("quickstart", _overrides(context)), dry_run=dry_run, verbose=verbose)
+
+
+@app.command(context_settings=_OVERRIDES)
+def train(context: typer.Context, config: _ConfigArg, dry_run: _DryRun = False, verbose: _Verbose = False) -> None:
+    """Train CONFIG, or go on with it where its run directory stands.
+
+    Any value can be set on the command line, as a.b=c or --a.b c.
+
+    Example: rondo train quickstart algorithm.name=ppo rollout.workers=2 --dry-run
+    """
+    _train(load(config, _overrides(context)), dry_run=dry_run, verbose=verbose)
+
+
+@app.command()
+def resume(run: _RunDir, verbose: _Verbose = False) -> None:
+    """Go on with a run from its newest checkpoint, under the configuration it was started with."""
+    _train(load(_run_config(run)), dry_run=False, verbose=verbose)
+
+
+@app.command(context_settings=_OVERRIDES)
+def plan(context: typer.Context, config: _ConfigArg) -> None:
+    """Print CONFIG's batch arithmetic and placement; start nothing."""
+    _train(load(config, _overrides(context)), dry_run=True, verbose=False)
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("rondo.yaml")) -> None:
+    """Write a configuration to start from: the quickstart's, every line of it yours to change."""
+    if path.exists():
+        raise ConfigError(f"{path} exists; name another file")
+    shutil.copy(PRESETS / "quickstart.yaml", path)
+    _console.print(f"wrote {path}; next: rondo train {path} --dry-run", highlight=False)
+
+
+@app.command()
+def status(run: _RunDir) -> None:
+    """Say how far a run is, from its files alone."""
+    from cluster.status import describe
+
+    config = load(_run_config(run))
+    _console.print(describe(run, config))
+
+
+@app.command()
+def doctor() -> None:
+    """Check that this machine can run Rondo: versions, memory, and how Ray would be exposed."""
+    from cluster.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        _console.print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.text}", markup=False, highlight=False)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command(context_settings=_OVERRIDES)
+def submit(
+    context: typer.Context,
+    config: _ConfigArg,
+    address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = "http://127.0.0.1:8265",
+) -> None:
+    """Submit CONFIG to a Ray cluster as a job and follow its log.
+
+    The same as: ray job submit --address ADDRESS --working-dir . -- python -m cluster.cli train CONFIG ...
+    With token authentication, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) are read by Ray.
+    """
+    from cluster.submit import submit as send
+
+    overrides = _overrides(context)
+    load(config, overrides)
+    raise typer.Exit(send(config, overrides, address=address, console=_console))
+
+
+@app.command()
+def export(
+    run: _RunDir,
+    output: Annotated[Path, typer.Argument(help="The directory to write.")],
+    version: Annotated[int | None, typer.Option(help="The policy version; the newest one if not given.")] = None,
+) -> None:
+    """Copy a policy version out of a run, as a plain Hugging Face directory."""
+    from cluster.status import policies
+
+    found = policies(run)
+    if not found:
+        raise ConfigError(f"{run} holds no policies yet")
+    if version is not None and version not in found:
+        raise ConfigError(f"{run} holds no policy version {version}; it has {', '.join(map(str, sorted(found)))}")
+    if output.exists():
+        raise ConfigError(f"{output} exists; name another directory")
+    chosen = found[max(found) if version is None else version]
+    staging = output.with_name(f".{output.name}.tmp")
+    shutil.copytree(chosen, staging)
+    os.replace(staging, output)
+    _console.print(f"{chosen} -> {output}", highlight=False)
+
+
+@ckpt_app.command("ls")
+def ckpt_ls(run: _RunDir) -> None:
+    """List a run's checkpoints."""
+    from cluster.checkpoint import committed
+
+    _run_config(run)
+    for directory in committed(run / "checkpoints"):
+        _console.print(str(directory), highlight=False)
+
+
+@ckpt_app.command("verify")
+def ckpt_verify(run: _RunDir) -> None:
+    """Check every file of every checkpoint of a run against its manifest."""
+    from cluster.checkpoint import CheckpointError, committed, verify
+
+    _run_config(run)
+    failed = False
+    for directory in committed(run / "checkpoints"):
+        try:
+            verify(directory)
+            _console.print(f"ok    {directory}", highlight=False)
+        except CheckpointError as error:
+            failed = True
+            _console.print(f"FAIL  {error}", highlight=False, markup=False)
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    source: Annotated[str, typer.Argument(help="A .jsonl or .parquet file, a hub id, or package.module:callable.")],
+    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's directory, for lengths in tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Count what is longer than this.")] = None,
+    limit: Annotated[int, typer.Option(help="Read at most so many rows.")] = 10_000,
+) -> None:
+    """Show what a data set is: detected type, examples, lengths, and what would be dropped or truncated and why."""
+    from cluster.inspect import inspect, render
+
+    _console.print(render(inspect(source, tokenizer=tokenizer, max_tokens=max_tokens, limit=limit)))
+
+
+def _run_config(run: Path) -> Path:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run} is no run directory: it has no config.yaml")
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The evaluation before and after: held-out prompts, the gold score where there is one, and a win rate with interval."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster import schedule
+from cluster.schedule import EVALUATION
+from configs.run import RunConfig
+from protocol.messages import Prompt, RolloutKey
+from protocol.roles import RolloutPool, ScoredReferences, ScoringPool
+
+GOLD = "gold"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One policy version on the held-out prompts."""
+
+    policy_version: int
+    summary: dict[str, float]
+    judged: dict[str, float]
+    """Prompt id -> the score by which versions are compared (gold, or else the reward)."""
+    judge: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Write the evaluation as plain JSON values."""
+        return {
+            "policy_version": self.policy_version,
+            "judge": self.judge,
+            "judged": self.judged,
+            "summary": self.summary,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Evaluation":
+        """Read what `to_json` wrote."""
+        return cls(**values)
+
+
+def evaluate(
+    rollouts: RolloutPool,
+    scoring: ScoringPool,
+    prompts: Sequence[Prompt],
+    config: RunConfig,
+    *,
+    policy_version: int,
+) -> Evaluation:
+    """Sample one response a prompt with the given version and score it.
+
+    The seeds are the same for every version, so that versions are compared on equal terms.
+    """
+    requests = schedule.requests(prompts, config, round=0, iteration=EVALUATION, samples=1)
+    scoring.begin([request.key for request in requests])
+    for finished in rollouts.generate(requests, policy_version=policy_version):
+        scoring.add(finished)
+    return summarise(scoring.collect(), policy_version=policy_version)
+
+
+def summarise(batch: ScoredReferences, *, policy_version: int) -> Evaluation:
+    """Reduce a scored batch to an evaluation."""
+    summary, metas = batch.summary, batch.metas
+    gold = summary.gold.get(GOLD)
+    judged: Mapping[RolloutKey, float] = summary.scores if gold is None else gold
+    values = {
+        "score_mean": float(np.mean(list(summary.scores.values()))),
+        "kl_k1_per_sequence": float(np.mean(list(summary.kl_nats.values()))),
+        "response_tokens_mean": float(np.mean([meta.response_tokens for meta in metas])),
+        "truncated_fraction": float(np.mean([meta.finish_reason == "length" for meta in metas])),
+    }
+    values |= {f"{name}_mean": float(np.mean(list(scores.values()))) for name, scores in summary.gold.items()}
+    return Evaluation(
+        policy_version=policy_version,
+        summary=values,
+        judged={key.prompt_id: value for key, value in judged.items()},
+        judge="score" if gold is None else GOLD,
+    )
+
+
+def win_rate(
+    after: Mapping[str, float], before: Mapping[str, float], *, resamples: int, seed: int
+) -> tuple[float, tuple[float, float]]:
+    """Compute how often one version beats another on the same prompts, with a 95% bootstrap interval over prompts.
+
+    A tie counts half.
+
+    Args:
+        after: Prompt id -> score of the version in question.
+        before: Prompt id -> score of the version it is compared with.
+        resamples: Bootstrap resamples.
+        seed: The seed of the bootstrap.
+
+    Returns:
+        The win rate and the 2.5% and 97.5% percentiles of its resamples.
+
+    Raises:
+        ValueError: If the prompts differ.
+    """
+    if after.keys() != before.keys() or not after:
+        raise ValueError("a win rate needs the same prompts on both sides, and at least one")
+    difference = np.array([after[prompt] - before[prompt] for prompt in sorted(after)])
+    wins = np.where(difference > 0, 1.0, np.where(difference < 0, 0.0, 0.5))
+    rng = np.random.default_rng(seed)
+    means = wins[rng.integers(0, len(wins), size=(resamples, len(wins)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(wins.mean()), (float(low), float(high))
+
+
+def compare(before: Evaluation, after: Evaluation, config: RunConfig) -> dict[str, Any]:
+    """Put two evaluations side by side, as evaluation.json holds them."""
+    rate, interval = win_rate(
+        after.judged, before.judged, resamples=config.rounds.evaluation.bootstrap_resamples, seed=config.run.seed
+    )
+    return {
+        "num_prompts": len(after.judged),
+        "judge": after.judge,
+        "before": {"policy_version": before.policy_version, **before.summary, "win_rate": 0.5},
+        "after": {
+            "policy_version": after.policy_version,
+            **after.summary,
+            "win_rate": rate,
+            "win_rate_ci95": list(interval),
+        },
+    }
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(values, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,127 @@
+"""The learner's ranks as one role: they start, learn, publish, save and stop together."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from cluster.pool import DeadlineError, Handle, cause_of, wait
+from configs.run import RunConfig
+from protocol.messages import RolloutKey, SampleText, UpdateReport
+from protocol.roles import Publication, ScoredReferences
+from protocol.weights import WeightManifest
+
+Progress = Callable[[str, dict[str, Any]], None]
+_POLL_S = 1.0
+
+
+class LearnerGroup:
+    """All ranks behind the Learner role. One rank's failure is the group's."""
+
+    def __init__(self, config: RunConfig, *, make: Callable[[int, str], Handle]) -> None:
+        self._deadlines = config.cluster.deadlines
+        self._ranks = [make(rank, f"learner-{rank}") for rank in range(config.learner.workers)]
+
+    def started(self) -> list[dict[str, Any]]:
+        """Connect the ranks to each other and wait until they are."""
+        [(address, port)] = self._on([self._ranks[0]], "start", "address")
+        self._on(self._ranks, "start", "connect", address, port)
+        return self._on(self._ranks, "start", "status")
+
+    def train_sft(self, output: Path, *, progress: Progress) -> dict[str, Any]:
+        """Fine-tune the policy on demonstrations; rank 0 writes it to `output`."""
+        return self._watched("sft", progress, "train_sft", output)
+
+    def train_reward_model(self, *, policy: Path, output: Path, progress: Progress) -> dict[str, Any]:
+        """Train a reward model on comparisons; rank 0 writes it to `output`."""
+        return self._watched("reward model", progress, "train_reward_model", policy=policy, output=output)
+
+    def start_rl(self, *, policy: Path, reward_model: Path | None) -> None:
+        """Build the policy's and the critic's engines."""
+        self._on(self._ranks, "start", "start_rl", policy=policy, reward_model=reward_model)
+
+    def update(self, batch: ScoredReferences, *, round: int, iteration: int) -> UpdateReport:
+        """Learn from a batch."""
+        groups = [(list(group.rollouts), group.rewards, group.reference) for group in batch.groups]
+        return self._on(self._ranks, "learn", "update", groups, round=round, iteration=iteration)[0]
+
+    def publish(self, *, policy_version: int) -> Publication:
+        """Collect references to the buckets of a new version as rank 0 gathers them."""
+        deadline = monotonic() + self._deadlines.publish_s
+        streams = [rank.publish.remote(policy_version) for rank in self._ranks]
+        refs = [ref for stream in streams for ref in _drain(stream, deadline=deadline, version=policy_version)]
+        try:
+            manifest: WeightManifest = ray.get(refs[-1])
+        except RayTaskError as error:
+            raise cause_of(error) from None
+        return Publication(manifest=manifest, buckets=tuple(refs[:-1]))
+
+    def samples(
+        self, batch: ScoredReferences, *, keys: Sequence[RolloutKey], report: UpdateReport
+    ) -> tuple[SampleText, ...]:
+        """Decode a few responses of the last batch."""
+        return self._on(self._ranks[:1], "learn", "samples", list(keys))[0] if keys else ()
+
+    def write_rollouts(self, path: Path) -> None:
+        """Write the last batch as Parquet."""
+        self._on(self._ranks[:1], "learn", "write_rollouts", path)
+
+    def save(self, directory: Path) -> None:
+        """Have every rank write its part of the state."""
+        self._on(self._ranks, "checkpoint", "save", directory)
+
+    def load(self, directory: Path) -> None:
+        """Have every rank restore its part of the state."""
+        self._on(self._ranks, "checkpoint", "load", directory)
+
+    def export(self, directory: Path, *, card: dict[str, Any]) -> None:
+        """Write the policy as a plain Hugging Face directory."""
+        self._on(self._ranks, "checkpoint", "export", directory, card=card)
+
+    def stop(self) -> None:
+        """Stop all ranks."""
+        for rank in self._ranks:
+            ray.kill(rank, no_restart=True)
+
+    def _on(self, ranks: Sequence[Handle], deadline: str, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        refs = [getattr(rank, method).remote(*args, **kwargs) for rank in ranks]
+        key = f"{deadline}_s"
+        what = f"learner.{method} on {len(refs)} rank{'s' if len(refs) > 1 else ''}"
+        return wait(refs, deadline_s=getattr(self._deadlines, key), what=what, key=f"cluster.deadlines.{key}")
+
+    def _watched(self, what: str, progress: Progress, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Run a long stage on all ranks and pass rank 0's progress on."""
+        refs = [getattr(rank, method).remote(*args, **kwargs) for rank in self._ranks]
+        deadline = monotonic() + self._deadlines.learn_s
+        pending, failed = list(refs), False
+        while pending and not failed:
+            if monotonic() > deadline:
+                raise DeadlineError(f"{what}: not finished within cluster.deadlines.learn_s")
+            done, pending = ray.wait(pending, num_returns=len(pending), timeout=_POLL_S)
+            failed = any(_has_failed(ref) for ref in done)  # the others may wait for a dead rank for ever
+            progress(what, ray.get(self._ranks[0].status.remote(), timeout=self._deadlines.start_s))
+        return wait(refs if not failed else done, deadline_s=_POLL_S, what=what, key="cluster.deadlines.learn_s")[0]
+
+
+def _has_failed(ref: Any) -> bool:
+    try:
+        ray.get(ref)
+    except (RayTaskError, ray.exceptions.RayActorError):
+        return True
+    return False
+
+
+def _drain(stream: Any, *, deadline: float, version: int) -> list[Any]:
+    """Collect the references that a rank's publish yields (none from ranks other than 0)."""
+    refs: list[Any] = []
+    while True:
+        ready, _ = ray.wait([stream], timeout=max(0.0, deadline - monotonic()), fetch_local=False)
+        if not ready:
+            raise DeadlineError(f"publishing version {version}: not finished within cluster.deadlines.publish_s")
+        try:
+            refs.append(next(stream))
+        except StopIteration:
+            return refs

@@ -1,0 +1,155 @@
+"""The rollout workers as one role: requests dealt out by position, responses streamed back, versions proven."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from time import monotonic
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from cluster import schedule
+from cluster.pool import FAILURES, DeadlineError, Handle, Member, Pool, WorkersLostError, cause_of, wait
+from configs.cluster import DeadlinesConfig
+from configs.rollout import RolloutConfig
+from protocol.messages import RolloutMeta, RolloutRequest
+from protocol.roles import Finished, Publication
+from protocol.weights import VersionProof, WeightManifest
+
+_LOG = logging.getLogger(__name__)
+
+
+class RolloutPool:
+    """Rollout workers behind the RolloutPool role."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        deadlines: DeadlinesConfig,
+        *,
+        make: Callable[[int, str], Handle],
+        replacements: int,
+    ) -> None:
+        self._config = config
+        self._deadlines = deadlines
+        self._pool = Pool(role="rollout", size=config.workers, make=make, replacements=replacements)
+        self._publication: Publication | None = None
+
+    def started(self) -> list[dict[str, Any]]:
+        """Wait until every engine is ready."""
+        return self._pool.started(deadline_s=self._deadlines.start_s)
+
+    def generate(self, requests: Sequence[RolloutRequest], *, policy_version: int) -> Iterator[Finished]:
+        """Yield each response as it is finished; what a lost worker owed is asked of its replacement."""
+        deadline = monotonic() + self._deadlines.generate_s
+        shares = schedule.shares(len(requests), workers=len(self._pool.members))
+        owed = {
+            member.index: {requests[i].key: requests[i] for i in share}
+            for member, share in zip(self._pool.members, shares, strict=True)
+        }
+        streams = {self._stream(m, owed[m.index], policy_version): m for m in self._pool.members if owed[m.index]}
+        while streams:
+            ready, _ = ray.wait(list(streams), timeout=max(0.0, deadline - monotonic()), fetch_local=False)
+            if not ready:
+                waiting = "; ".join(f"{m.name} owes {len(owed[m.index])} responses" for m in streams.values())
+                raise DeadlineError(f"generating: not finished within cluster.deadlines.generate_s: {waiting}")
+            stream = ready[0]
+            member = streams[stream]
+            try:
+                # A stream alternates between what the driver may know and a reference that it only passes on.
+                meta: RolloutMeta = ray.get(next(stream))
+                payload = next(stream)
+            except StopIteration:
+                del streams[stream]
+                continue
+            except FAILURES as error:
+                del streams[stream]
+                fresh = self._replace(member, error)
+                streams[self._stream(fresh, owed[member.index], policy_version)] = fresh
+                continue
+            except RayTaskError as error:
+                raise cause_of(error) from None
+            del owed[member.index][meta.key]
+            yield Finished(meta=meta, payload=payload)
+        lost = [str(key) for share in owed.values() for key in share]
+        if lost:
+            raise RuntimeError(f"the rollout workers ended without {len(lost)} responses, the first: {lost[0]}")
+
+    def load(self, publication: Publication) -> tuple[VersionProof, ...]:
+        """Bring every worker to the published version and have each prove it."""
+        self._publication = publication
+        refs = [self._load(member.handle, publication) for member in self._pool.members]
+        return tuple(
+            self._proven(member, ref, publication) for member, ref in zip(list(self._pool.members), refs, strict=True)
+        )
+
+    def stop(self) -> None:
+        """Stop every worker."""
+        self._pool.stop()
+
+    def _stream(self, member: Member, owed: dict[Any, RolloutRequest], policy_version: int) -> Any:
+        return member.handle.generate.remote(list(owed.values()), policy_version=policy_version)
+
+    def _load(self, handle: Handle, publication: Publication) -> Any:
+        return handle.load.remote(publication.manifest, list(publication.buckets))
+
+    def _proven(self, member: Member, ref: Any, publication: Publication) -> VersionProof:
+        """Judge a worker's proof; a worker without a good one is fenced, refreshed, and replaced if that fails."""
+        try:
+            return self._judged(member, ref, publication.manifest)
+        except (*FAILURES, StaleProofError, RayTaskError, DeadlineError) as error:
+            _LOG.warning("%s could not prove version %d: %s", member.name, publication.manifest.policy_version, error)
+            return self._refreshed(member, publication, error)
+
+    def _judged(self, member: Member, ref: Any, manifest: WeightManifest) -> VersionProof:
+        what = f"{member.name} loading version {manifest.policy_version}"
+        [proof] = wait([ref], deadline_s=self._deadlines.publish_s, what=what, key="cluster.deadlines.publish_s")
+        check_proof(proof, manifest, bound=self._config.logprob_gap_bound)
+        return proof
+
+    def _refreshed(self, member: Member, publication: Publication, first: BaseException) -> VersionProof:
+        """Load the version once more, and into a fresh process if it fails again."""
+        if not isinstance(first, (*FAILURES, DeadlineError)):
+            try:
+                return self._judged(member, self._load(member.handle, publication), publication.manifest)
+            except (*FAILURES, StaleProofError, RayTaskError, DeadlineError) as error:
+                first = error
+        fresh = self._pool.replace(member, cause=first)
+        return self._judged(fresh, self._load(fresh.handle, publication), publication.manifest)
+
+    def _replace(self, member: Member, error: BaseException) -> Member:
+        """Fill a lost worker's place and bring the new one to the current version before it serves."""
+        _LOG.warning("%s is lost (%s); starting a replacement", member.name, _first_line(error))
+        fresh = self._pool.replace(member, cause=error)
+        if self._publication is None:
+            raise WorkersLostError(f"{member.name} was lost before the first publish: {_first_line(error)}") from error
+        self._judged(fresh, self._load(fresh.handle, self._publication), self._publication.manifest)
+        return fresh
+
+
+class StaleProofError(RuntimeError):
+    """A worker's proof does not match what was published."""
+
+
+def check_proof(proof: VersionProof, manifest: WeightManifest, *, bound: float) -> None:
+    """Compare a worker's proof with what the learner published.
+
+    Raises:
+        StaleProofError: If version, fingerprint or checksum differ, or the canary's gap is over the bound.
+    """
+    if proof.policy_version != manifest.policy_version or proof.fingerprint != manifest.fingerprint:
+        raise StaleProofError(
+            f"{proof.worker} holds version {proof.policy_version} ({proof.fingerprint}), the learner published "
+            f"{manifest.policy_version} ({manifest.fingerprint})"
+        )
+    if proof.loaded_checksum != manifest.loaded_checksum:
+        raise StaleProofError(f"{proof.worker} received version {proof.policy_version} but computes with other weights")
+    if not proof.canary_gap_max <= bound:  # NaN fails too
+        raise StaleProofError(
+            f"{proof.worker}: engine and learner differ by {proof.canary_gap_max:.3g} nats on the canary, over "
+            f"rollout.logprob_gap_bound = {bound:g}"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,158 @@
+"""A run's directory: where everything of a run lies, and whose it is."""
+
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.load import ConfigError, config_hash, dump, load
+from configs.run import RunConfig
+from protocol.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The paths of one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One flat JSON object an iteration."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.root / "tensorboard"
+
+    @property
+    def rollouts(self) -> Path:
+        """One Parquet file an iteration."""
+        return self.root / "rollouts"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Committed checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def incidents(self) -> Path:
+        """What went wrong, one JSON record each."""
+        return self.root / "incidents"
+
+    @property
+    def evaluation(self) -> Path:
+        """The evaluation before and after."""
+        return self.root / "evaluation.json"
+
+    @property
+    def baseline(self) -> Path:
+        """The supervised policy's evaluation, kept until the comparison is written."""
+        return self.root / "baseline.json"
+
+    @property
+    def finished(self) -> Path:
+        """Written when everything is done."""
+        return self.root / "finished.json"
+
+    def policy(self, version: int) -> Path:
+        """A policy version as a Hugging Face directory."""
+        return self.root / "policies" / f"v{version:03d}"
+
+    def reward_model(self, version: int) -> Path:
+        """A reward model as a Hugging Face directory."""
+        return self.root / "reward_models" / f"v{version:03d}"
+
+
+def claim(config: RunConfig) -> RunDirectory:
+    """Create a run's directory, or take up an existing one of the same configuration.
+
+    Raises:
+        UserError: If the directory holds a run of another configuration, is in use, cannot be written, or would
+            vanish with the job.
+    """
+    root = (Path(config.run.dir) / config.run.name).absolute()
+    _refuse_vanishing(config, root)
+    directory = RunDirectory(root)
+    if directory.config.exists():
+        check_same(directory, config)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not directory.config.exists():
+            temporary = directory.config.with_suffix(".tmp")
+            temporary.write_text(f"# config {config_hash(config)}\n{dump(config)}")
+            temporary.replace(directory.config)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run directory: {error}",
+            where=str(root),
+            next_step="choose another one with run.dir=PATH",
+        ) from None
+    return directory
+
+
+def check_same(directory: RunDirectory, config: RunConfig) -> None:
+    """Refuse to continue a run under another configuration.
+
+    Raises:
+        UserError: Naming the first values that differ.
+    """
+    try:
+        earlier = load(directory.config)
+    except ConfigError as error:
+        raise UserError(f"the configuration of the run that is there cannot be read: {error}") from None
+    if config_hash(earlier) == config_hash(config):
+        return
+    differing = _differences(earlier.model_dump(mode="json"), config.model_dump(mode="json"))
+    raise UserError(
+        f"the directory holds a run with another configuration: {'; '.join(differing[:4])}",
+        where=str(directory.root),
+        next_step="give the new run another name with run.name=NAME, or continue the old one with "
+        f"`rondo resume {directory.root}`",
+    )
+
+
+def lock(directory: RunDirectory) -> int:
+    """Keep a second driver out of the directory for as long as this process lives.
+
+    Returns:
+        The lock's file descriptor; closing it, or dying, releases the lock.
+
+    Raises:
+        UserError: If another driver holds it.
+    """
+    descriptor = os.open(directory.root / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UserError(
+            "another process is running this run",
+            where=str(directory.root),
+            next_step="wait for it or stop it; `rondo status` shows how far it is",
+        ) from None
+    return descriptor
+
+
+def _refuse_vanishing(config: RunConfig, root: Path) -> None:
+    """A Ray job runs in a temporary copy of the working directory, which goes when the job ends."""
+    in_copy = "runtime_resources" in Path.cwd().parts
+    if in_copy and root.is_relative_to(Path.cwd()):
+        raise UserError(
+            f"run.dir = {config.run.dir} lies in the job's temporary copy of the working directory and would be lost",
+            where="run.dir",
+            next_step="pass an absolute path on storage that all nodes share: run.dir=/shared/runs",
+        )
+
+
+def _differences(old: object, new: object, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
+    return [] if old == new else [f"{path} was {old!r}, now {new!r}"]

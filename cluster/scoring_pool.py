@@ -1,0 +1,112 @@
+"""The scoring workers as one role: groups by key, scored by reward and reference workers while generation goes on."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cluster import schedule
+from cluster.pool import Handle, Pool, wait
+from configs.cluster import DeadlinesConfig
+from configs.scoring import ScoringConfig
+from protocol import metrics as names
+from protocol.messages import ReferenceSummary, RewardScores, RolloutKey
+from protocol.roles import Finished, ScoredGroup, ScoredReferences, ScoringSummary
+
+
+class ScoringPool:
+    """Reward and reference workers behind the ScoringPool role."""
+
+    def __init__(
+        self,
+        config: ScoringConfig,
+        deadlines: DeadlinesConfig,
+        *,
+        make_reward: Callable[[int, str], Handle],
+        make_reference: Callable[[int, str], Handle],
+        replacements: int,
+    ) -> None:
+        self._config = config
+        self._deadlines = deadlines
+        self.rewards = Pool(role="reward", size=config.workers, make=make_reward, replacements=replacements)
+        self.references = Pool(
+            role="reference", size=config.reference_workers, make=make_reference, replacements=replacements
+        )
+        self._groups: tuple[tuple[RolloutKey, ...], ...] = ()
+        self._group_of: dict[RolloutKey, int] = {}
+        self._arrived: list[dict[RolloutKey, Finished]] = []
+        self._sent: dict[int, tuple[Any, Any, Any]] = {}
+
+    def started(self) -> list[dict[str, Any]]:
+        """Wait until every model is loaded."""
+        deadline = self._deadlines.start_s
+        return self.rewards.started(deadline_s=deadline) + self.references.started(deadline_s=deadline)
+
+    def begin(self, keys: Sequence[RolloutKey]) -> None:
+        """Fix the groups of a batch."""
+        self._groups = schedule.groups(keys, size=self._config.group_responses)
+        self._group_of = {key: index for index, group in enumerate(self._groups) for key in group}
+        self._arrived = [{} for _ in self._groups]
+        self._sent = {}
+
+    def add(self, finished: Finished) -> None:
+        """Take a response; send its group off when it is the group's last."""
+        index = self._group_of[finished.meta.key]
+        self._arrived[index][finished.meta.key] = finished
+        if len(self._arrived[index]) == len(self._groups[index]):
+            self._send(index)
+
+    def collect(self) -> ScoredReferences:
+        """Wait for all groups, in key order."""
+        missing = [str(key) for i, group in enumerate(self._groups) if i not in self._sent for key in group]
+        if missing:
+            raise RuntimeError(f"{len(missing)} responses were never handed over for scoring, such as {missing[0]}")
+        order = range(len(self._groups))
+        rewards: list[RewardScores] = self._wait([self._sent[i][0] for i in order], "reward scores")
+        references: list[ReferenceSummary] = self._wait([self._sent[i][1] for i in order], "reference log-probs")
+        scored = tuple(
+            ScoredGroup(
+                metas=tuple(self._arrived[i][key].meta for key in self._groups[i]),
+                rollouts=tuple(self._arrived[i][key].payload for key in self._groups[i]),
+                rewards=self._sent[i][0],
+                reference=self._sent[i][2],
+            )
+            for i in order
+        )
+        return ScoredReferences(groups=scored, summary=summarise(rewards, references))
+
+    def stop(self) -> None:
+        """Stop every worker."""
+        self.rewards.stop()
+        self.references.stop()
+
+    def _send(self, index: int) -> None:
+        """Which worker scores a group depends on the group's number alone."""
+        payloads = [self._arrived[index][key].payload for key in self._groups[index]]
+        reward = self.rewards.members[index % len(self.rewards.members)].handle
+        reference = self.references.members[index % len(self.references.members)].handle
+        summary, logprobs = reference.logprobs.remote(payloads)
+        self._sent[index] = (reward.score.remote(payloads), summary, logprobs)
+
+    def _wait(self, refs: list[Any], what: str) -> list[Any]:
+        return wait(refs, deadline_s=self._deadlines.score_s, what=what, key="cluster.deadlines.score_s")
+
+
+def summarise(rewards: Sequence[RewardScores], references: Sequence[ReferenceSummary]) -> ScoringSummary:
+    """Collect what the driver may know about the scores of a batch."""
+    scores = {key: float(s) for part in rewards for key, s in zip(part.keys, part.scores, strict=True)}
+    kl = {key: float(nats) for part in references for key, nats in zip(part.keys, part.behavior_kl_nats, strict=True)}
+    gold = {
+        name: {key: float(g) for part in rewards for key, g in zip(part.keys, part.gold[name], strict=True)}
+        for name in rewards[0].gold
+    }
+    means = {names.OBJECTIVE_SCORE: float(np.mean(list(scores.values())))}
+    for name in rewards[0].components:
+        means[f"score/{name}"] = float(np.mean(np.concatenate([part.components[name] for part in rewards])))
+    for name, values in gold.items():
+        means[names.GOLD_PREFIX + name] = float(np.mean(list(values.values())))
+    busy = {
+        names.BUSY_REWARD: sum(part.busy_s for part in rewards),
+        names.BUSY_REFERENCE: sum(part.busy_s for part in references),
+    }
+    return ScoringSummary(means=means, scores=scores, gold=gold, kl_nats=kl, busy_s=busy)

@@ -1,0 +1,53 @@
+"""Submits a run as a Ray job: what `ray job submit --working-dir .` does, with the job's log followed."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from protocol.errors import UserError
+
+_EXCLUDED = [".venv", "runs", ".git", "**/__pycache__"]
+
+
+def submit(config: str, overrides: Sequence[str], *, address: str, console: Console) -> int:
+    """Submit a configuration and follow the job to its end.
+
+    Args:
+        config: The configuration file's path within this directory, or a preset's name.
+        overrides: `a.b=c` each.
+        address: The cluster's dashboard.
+        console: Where the log goes.
+
+    Returns:
+        0 if the job succeeded, else 1.
+
+    Raises:
+        UserError: If the cluster cannot be reached or refuses the token.
+    """
+    import asyncio
+
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    command = shlex.join(["python", "-m", "cluster.cli", "train", config, *overrides])
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(entrypoint=command, runtime_env={"working_dir": ".", "excludes": _EXCLUDED})
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(
+            f"the cluster at {address} did not take the job: {str(error).splitlines()[0]}",
+            next_step="check the address; with token authentication set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN",
+        ) from error
+    console.print(f"job {job}: {command}", markup=False, highlight=False)
+    console.print(f"stop it with: ray job stop --address {address} {job}", markup=False, highlight=False)
+
+    async def follow() -> None:
+        async for lines in client.tail_job_logs(job):
+            sys.stdout.write(lines)
+            sys.stdout.flush()
+
+    asyncio.run(follow())
+    ended = client.get_job_status(job)
+    console.print(f"job {job}: {ended.value}", markup=False, highlight=False)
+    return 0 if ended is JobStatus.SUCCEEDED else 1

@@ -1,0 +1,176 @@
+"""Metric sinks: metrics.jsonl (the source of truth), TensorBoard, and the terminal or plain lines of a job."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from protocol import metrics as names
+from protocol.messages import IterationReport, SampleText
+
+_LOG = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """A consumer of iteration reports."""
+
+    def write(self, report: IterationReport) -> None:
+        """Record one iteration."""
+        ...
+
+    def close(self) -> None:
+        """Finish writing."""
+        ...
+
+
+class MetricsFile:
+    """metrics.jsonl: one flat JSON object an iteration."""
+
+    def __init__(self, path: Path, *, keep: int) -> None:
+        """Open the file; lines beyond the first `keep` belong to iterations that a resume will repeat."""
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            if len(lines) > keep:
+                _LOG.warning("%s: %d lines after the checkpoint are taken off", path, len(lines) - keep)
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text("".join(lines[:keep]))
+                temporary.replace(path)
+        self._file = path.open("a")
+
+    def write(self, report: IterationReport) -> None:
+        """Append one line and hand it to the operating system."""
+        self._file.write(json.dumps({name: report.metrics[name] for name in sorted(report.metrics)}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """TensorBoard scalars and samples."""
+
+    def __init__(self, directory: Path) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._summary = Summary
+        self._writer = EventFileWriter(str(directory))
+
+    def write(self, report: IterationReport) -> None:
+        """Write every metric as a scalar."""
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in report.metrics.items()]
+        event = Event(step=report.policy_version, summary=self._summary(value=values))
+        self._writer.add_event(event)
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        self._writer.close()
+
+
+class Terminal:
+    """One line an iteration, with a few decoded samples under it."""
+
+    def __init__(self, console: Console, *, num_iterations: int, samples_period: int) -> None:
+        self._console = console
+        self._num_iterations = num_iterations
+        self._period = samples_period
+
+    def write(self, report: IterationReport) -> None:
+        """Print one iteration."""
+        self._console.print(Text(line(report, num_iterations=self._num_iterations)))
+        done = report.iteration + 1
+        if done % self._period == 0 or done in (1, self._num_iterations):
+            for sample in report.samples:
+                self._console.print(sample_text(sample))
+
+    def close(self) -> None:
+        """Have nothing to finish."""
+
+
+def line(report: IterationReport, *, num_iterations: int) -> str:
+    """Put an iteration into one line."""
+    m = report.metrics
+    gold = m.get(names.GOLD_PREFIX + "gold")
+    parts = [
+        f"iteration {report.iteration + 1:>{len(str(num_iterations))}}/{num_iterations}",
+        f"score {m[names.OBJECTIVE_SCORE]:+.3f}",
+        *([] if gold is None else [f"gold {gold:+.3f}"]),
+        f"KL {m[names.OBJECTIVE_KL]:.2f}",
+        f"tokens {m[names.ROLLOUT_TOKENS_MEAN]:.1f}",
+        f"{m[names.TIME_ITERATION]:.2f} s",
+        f"(generate {m[names.TIME_GENERATE]:.2f}, score {m[names.TIME_SCORE]:.2f}, learn {m[names.TIME_LEARN]:.2f}, "
+        f"publish {m[names.TIME_PUBLISH]:.3f})",
+    ]
+    return "  ".join(parts)
+
+
+def sample_text(sample: SampleText) -> Text:
+    """Lay out one decoded response. It is text from a model: shown as it is, never read as markup."""
+    numbers = f"score {sample.score:+.2f}  KL {sample.kl_nats:.2f}  reward {sample.reward:+.2f}"
+    return Text.assemble(
+        ("    > ", "dim"),
+        (_visible(sample.prompt), "cyan"),
+        ("\n      ", ""),
+        _visible(sample.response),
+        (f"\n      {numbers}", "dim"),
+    )
+
+
+def _visible(text: str) -> str:
+    """Keep a model's text on one line and free of control characters."""
+    return "".join(ch if ch.isprintable() else " " for ch in text).strip()
+
+
+def evaluation_table(result: Mapping[str, Any]) -> Table:
+    """Lay out evaluation.json: gold, score, KL, length and win rate, before and after."""
+    table = Table(title=f"Before and after, on {result['num_prompts']} held-out prompts")
+    for header, justify in (("", "left"), ("SFT", "right"), ("after RL", "right"), ("change", "right")):
+        table.add_column(header, justify=justify)  # pyright: ignore[reportArgumentType]
+    before, after = result["before"], result["after"]
+    rows = [(key.removesuffix("_mean").replace("_", " "), key) for key in before if key not in _NOT_ROWS]
+    for label, key in rows:
+        table.add_row(
+            _LABELS.get(key, label), f"{before[key]:.3f}", f"{after[key]:.3f}", f"{after[key] - before[key]:+.3f}"
+        )
+    low, high = after["win_rate_ci95"]
+    table.add_row("win rate against SFT", "0.500", f"{after['win_rate']:.3f}", f"95% [{low:.3f}, {high:.3f}]")
+    return table
+
+
+_NOT_ROWS = ("policy_version", "win_rate", "win_rate_ci95")
+_LABELS = {
+    "kl_k1_per_sequence": "KL to SFT (nats a sequence)",
+    "response_tokens_mean": "response length (tokens)",
+    "score_mean": "score (reward model, in SFT standard deviations)",
+    "gold_mean": "gold score",
+}
+
+
+class Sinks:
+    """All sinks of a run, closed together."""
+
+    def __init__(self, sinks: Iterable[Sink]) -> None:
+        self._sinks: Sequence[Sink] = tuple(sinks)
+
+    def write(self, report: IterationReport) -> None:
+        """Record one iteration everywhere."""
+        for sink in self._sinks:
+            sink.write(report)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for sink in self._sinks:
+            sink.close()

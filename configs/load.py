@@ -1,0 +1,187 @@
+"""Reads a configuration: a YAML 1.2 file, overrides on top, and one clear error when something is wrong."""
+
+import difflib
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from configs.algorithm import AlgorithmConfig
+from configs.run import RunConfig
+
+PRESETS = Path(__file__).parent / "presets"
+_LOG = logging.getLogger(__name__)
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message says what to change."""
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration file or preset and apply overrides.
+
+    Args:
+        source: A path, or the name of a preset (`quickstart`).
+        overrides: `a.b=c` each; the value is read as YAML, so `1e-6` is a number and `[a, b]` a list.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        ConfigError: If the file, an override or a value is wrong.
+    """
+    path = resolve(source)
+    tree = _read_yaml(path)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        # Strict JSON mode takes a YAML list where a tuple is declared, and coerces nothing else.
+        return RunConfig.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path)) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def resolve(source: str | Path) -> Path:
+    """Find a configuration file, or a preset by its name.
+
+    Raises:
+        ConfigError: If there is neither.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    preset = PRESETS / f"{path.name.removesuffix('.yaml')}.yaml"
+    if path.parent == Path() and preset.is_file():
+        return preset
+    names = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+    raise ConfigError(f"no configuration file at {source}. Presets by name: {', '.join(names)}")
+
+
+def dump(config: RunConfig) -> str:
+    """Write a configuration as YAML that `load` reads back to an equal one."""
+    yaml = YAML()
+    yaml.default_flow_style = False
+    stream = io.StringIO()
+    yaml.dump(config.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def config_hash(config: RunConfig) -> str:
+    """Name a configuration by its content: 12 hexadecimal digits of SHA-256 over canonical JSON."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree: object = YAML(typ="safe", pure=True).load(path.read_text())  # pyright: ignore[reportUnknownMemberType]
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds no sections; the first line would be `run:`")
+    return cast(dict[str, Any], tree)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one value; a dotted key creates the sections on its way, and validation judges the names."""
+    key, separator, text = override.partition("=")
+    keys = key.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"cannot read the override {override!r}; write section.key=value")
+    try:
+        value: object = YAML(typ="safe", pure=True).load(text)  # pyright: ignore[reportUnknownMemberType]
+    except YAMLError as error:
+        raise ConfigError(f"cannot read the value of {key}: {error}") from None
+    if keys == ["algorithm", "name"] and isinstance(tree.get("algorithm"), dict):
+        tree["algorithm"] = _for_algorithm(cast(dict[str, Any], tree["algorithm"]), str(value))
+    node = tree
+    for name in keys[:-1]:
+        child = node.setdefault(name, {})
+        if child is None:
+            child = node[name] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"cannot set {key}: {name} is a value, not a section")
+        node = cast(dict[str, Any], child)
+    node[keys[-1]] = value
+
+
+def _for_algorithm(section: dict[str, Any], name: str) -> dict[str, Any]:
+    """Switch `algorithm.name` by an override, so that one line compares two algorithms.
+
+    Settings of the file that the new algorithm does not have are set aside, and said so.
+    """
+    classes = {str(model.model_fields["name"].default): model for model in _models_in(AlgorithmConfig)}
+    if name not in classes:
+        return {**section, "name": name}
+    known = classes[name].model_fields
+    for key in (key for key in section if key not in known):
+        _LOG.warning("algorithm.%s = %s in the file does not apply to %s and is set aside", key, section[key], name)
+    return {key: value for key, value in section.items() if key in known} | {"name": name}
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    """Say for every problem where it is and what would be right."""
+    count = error.error_count()
+    lines = [f"{path}: {count} problem{'s' if count > 1 else ''} in the configuration"]
+    for problem in error.errors(include_url=False):
+        location, models = _walk(problem["loc"])
+        prefix = f"  {location}: " if location else "  "
+        match problem["type"]:
+            case "extra_forbidden":
+                lines.append(f"{prefix}unknown key{_suggestion(str(problem['loc'][-1]), models)}")
+            case "missing":
+                lines.append(f"{prefix}missing")
+            case "value_error":
+                lines.append(prefix + problem["msg"].removeprefix("Value error, "))
+            case _:
+                lines.append(f"{prefix}{problem['msg']}, not {problem['input']!r}")
+    return "\n".join(lines)
+
+
+def _walk(loc: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
+    """Follow the location of an error through the sections.
+
+    Returns:
+        The location as the user spells it (pydantic also names the tag of a union, which is no key of theirs), and the
+        classes of the section in which the last part stands.
+    """
+    spelled: list[str] = []
+    here: list[type[BaseModel]] = [RunConfig]
+    for position, part in enumerate(loc):
+        tagged = [model for model in here if _tag(model) == part] if len(here) > 1 else []
+        if tagged:
+            here = tagged
+            continue
+        spelled.append(str(part))
+        if position < len(loc) - 1 and isinstance(part, str):
+            annotations = [model.model_fields[part].annotation for model in here if part in model.model_fields]
+            here = [model for annotation in annotations for model in _models_in(annotation)] or here
+    return ".".join(spelled), here
+
+
+def _suggestion(key: str, models: Sequence[type[BaseModel]]) -> str:
+    """Name the nearest known key of a section, or all of them."""
+    known = sorted({name for model in models for name in model.model_fields})
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
+
+
+def _tag(model: type[BaseModel]) -> object:
+    """The value by which a member of a tagged union is chosen."""
+    return next((model.model_fields[name].default for name in ("kind", "name") if name in model.model_fields), None)
+
+
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    """List the section classes inside a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]

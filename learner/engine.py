@@ -1,0 +1,240 @@
+"""The DeepSpeed adapter: a training engine over ZeRO 0 to 3, and the only module that knows DeepSpeed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+
+from configs.learner import LearnerConfig, OptimizerConfig
+from learner.training import (
+    NonFiniteError,
+    RankContext,
+    StepResult,
+    learning_rate,
+    parameter_groups,
+    squared_norm,
+)
+
+_CHECKPOINT_TAG = "state"
+# Elements of one reduction; larger models reduce in several. DeepSpeed allocates the bucket in full.
+_MAX_BUCKET_ELEMENTS = 100_000_000
+# Norms and biases stay whole on every rank under ZeRO 3; gathering them would cost a message each.
+_PERSISTENT_ELEMENTS = 10_000
+
+
+class DeepSpeedEngine:
+    """A network under DeepSpeed, as the TrainingEngine Protocol describes it.
+
+    Args:
+        module: The network, in the precision of `settings`; its parameters move to the device.
+        optimizer: AdamW and its schedule.
+        settings: ZeRO stage, precision, clipping and what to do about numbers that are not finite.
+        context: This rank's place.
+        name: For messages, such as "policy".
+        total_steps: Length of the learning-rate schedule.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        optimizer: OptimizerConfig,
+        settings: LearnerConfig,
+        context: RankContext,
+        name: str,
+        total_steps: int | None = None,
+    ) -> None:
+        self.context = context
+        self.num_steps = 0
+        self._name = name
+        self._optimizer_config = optimizer
+        self._settings = settings
+        self._total_steps = total_steps
+        self._skips_in_a_row = 0
+        self._loss_sum = torch.zeros((), device=context.device)
+        self._stage = settings.zero_stage
+        if settings.precision == "bf16" and self._stage == 0:
+            # DeepSpeed has fp32 master weights only with a ZeRO optimiser; stage 1 computes the same.
+            self._stage = 1
+        if settings.gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+        module.train()
+        self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        adamw = torch.optim.AdamW(
+            parameter_groups(module, weight_decay=optimizer.weight_decay),
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            fused=True,
+        )
+        num_elements = sum(shape.numel() for shape in self._shapes.values())
+        config = _deepspeed_config(settings, stage=self._stage, context=context, num_elements=num_elements)
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config)
+        self._parameters = dict(self._engine.module.named_parameters())
+
+    @property
+    def module(self) -> nn.Module:
+        """The network."""
+        return self._engine.module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network and keep what the backward pass needs."""
+        return self._engine(*args, **kwargs)
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network without gradient."""
+        return self._engine.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add this micro-batch's gradient to the step's; the ranks' gradients are added, not averaged."""
+        self._loss_sum += loss.detach()
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed divides by the number of ranks.
+        self._engine.backward(loss * self.context.world_size, scale_wrt_gas=False)
+
+    def step(self) -> StepResult:
+        """Clip the gradient, apply it and clear it."""
+        rate = learning_rate(self._optimizer_config, step=self.num_steps, total_steps=self._total_steps)
+        finite, what, norm = self._inspect()
+        if not finite:
+            return self._refuse(what, norm=norm, rate=rate)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            raise RuntimeError(f"DeepSpeed skipped step {self.num_steps} of the {self._name}, whose gradient is finite")
+        self.num_steps += 1
+        self._skips_in_a_row = 0
+        return StepResult(grad_norm=norm, learning_rate=rate, applied=True)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over the ranks; the argument may be overwritten."""
+        if self.context.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def parameter_shapes(self) -> Mapping[str, torch.Size]:
+        """Give the full shape of every parameter, by name; tied ones once."""
+        return self._shapes
+
+    @torch.no_grad()
+    def gather(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Collect full parameters on every rank."""
+        parameters = [self._parameters[name] for name in names]
+        if self._stage < 3:
+            return {name: p.detach() for name, p in zip(names, parameters, strict=True)}
+        with deepspeed.zero.GatheredParameters(parameters):
+            return {name: p.detach().clone() for name, p in zip(names, parameters, strict=True)}
+
+    def full_gradient(self) -> Mapping[str, Tensor]:
+        """Collect the full gradient between the last `backward` and `step`."""
+        if self._stage == 0:
+            return {name: p.grad.detach().clone() for name, p in self._parameters.items()}
+        return {name: safe_get_full_grad(p).detach().clone() for name, p in self._parameters.items()}
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's part of the state."""
+        self._engine.save_checkpoint(
+            str(directory), tag=_CHECKPOINT_TAG, client_state={"num_steps": self.num_steps}, save_latest=False
+        )
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote. The files are pickles: verify them first."""
+        path, state = self._engine.load_checkpoint(
+            str(directory), tag=_CHECKPOINT_TAG, load_lr_scheduler_states=False, load_module_strict=True
+        )
+        if path is None:
+            raise ValueError(f"no checkpoint of the {self._name} in {directory}")
+        self.num_steps = state["num_steps"]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._engine.destroy()
+        self._parameters.clear()
+        del self._engine
+
+    def _inspect(self) -> tuple[bool, str, float]:
+        """Check loss and gradient on all ranks, and measure the gradient: one reduction and one read-back.
+
+        DeepSpeed's own norm is not enough: under ZeRO 3 in bf16 older releases turned a NaN into a plausible norm,
+        and under ZeRO 1 and 2 a bad step is skipped without a word.
+        """
+        total = squared_norm(self._local_gradients(), device=self.context.device)
+        if self._stage == 0:
+            # Every rank holds the whole, reduced gradient.
+            total = total / self.context.world_size
+        loss, total = self.all_reduce_sum(torch.stack([self._loss_sum, total])).unbind()
+        self._loss_sum.zero_()
+        finite_loss, finite, norm = torch.stack([loss.isfinite(), total.isfinite(), total.sqrt()]).tolist()
+        return bool(finite_loss and finite), "gradient" if finite_loss else "loss", norm
+
+    def _refuse(self, what: str, *, norm: float, rate: float) -> StepResult:
+        where = f"step {self.num_steps}"
+        self._skips_in_a_row += 1
+        settings = self._settings
+        if settings.on_nonfinite == "stop" or self._skips_in_a_row > settings.max_consecutive_skips:
+            raise NonFiniteError(f"{what} of the {self._name}", where)
+        self._discard_gradient()
+        return StepResult(grad_norm=norm, learning_rate=rate, applied=False)
+
+    def _local_gradients(self) -> list[Tensor]:
+        """This rank's part of the reduced gradient, where each stage keeps it."""
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            return [p.grad for p in self._parameters.values() if p.grad is not None]
+        if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # stage 1 in bf16
+            return list(optimizer.fp32_groups_gradient_flat_partition)
+        if self._settings.offload_optimizer:
+            flat = (
+                optimizer.fp32_partitioned_groups_flat
+                if self._stage == 3
+                else optimizer.single_partition_of_fp32_groups
+            )
+            return [partition.grad for partition in flat if partition.grad is not None]
+        return [grad for group in optimizer.averaged_gradients.values() for grad in group or () if grad is not None]
+
+    def _discard_gradient(self) -> None:
+        if self._stage == 0:
+            self._engine.zero_grad()
+            return
+        # The ZeRO optimisers clear all their buffers when they meet a gradient that is not finite; there is no other
+        # public way. A loss alone that is not finite leaves no such gradient, so one is made.
+        gradients = self._local_gradients()
+        if gradients:
+            gradients[0].view(-1)[0] = torch.nan
+        self._engine.step()
+        if self._engine.was_step_applied():
+            raise RuntimeError(f"DeepSpeed applied a step of the {self._name} whose gradient is not finite")
+
+
+def _deepspeed_config(
+    settings: LearnerConfig, *, stage: int, context: RankContext, num_elements: int
+) -> dict[str, Any]:
+    bucket = max(min(num_elements, _MAX_BUCKET_ELEMENTS), 1)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "overlap_comm": context.device.type == "cuda",
+        "stage3_param_persistence_threshold": _PERSISTENT_ELEMENTS,
+    }
+    if settings.offload_optimizer and stage > 0:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        # Sizes of batches are ours; DeepSpeed must only know that they are not empty.
+        "train_batch_size": context.world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": None,
+    }

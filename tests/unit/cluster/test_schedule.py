@@ -1,0 +1,75 @@
+"""The schedule: phases in order, unique keys, seeds that depend on the key alone."""
+
+import numpy as np
+
+from cluster import schedule
+from cluster.schedule import Phase, RunState
+from configs.load import load
+from protocol.messages import Prompt, RolloutKey
+
+
+def prompt(name: str) -> Prompt:
+    return Prompt(prompt_id=name, token_ids=np.array([1, 2], dtype=np.int32), text=name)
+
+
+def test_phases_follow_each_other_to_the_end() -> None:
+    config = load("quickstart", ["rounds.iterations=2"])
+    state, seen = RunState(), []
+    while state.phase is not Phase.DONE:
+        seen.append(state.phase)
+        state = schedule.after(state, config)
+    assert [phase.value for phase in seen] == [
+        "sft",
+        "reward_model",
+        "calibrate",
+        "baseline",
+        "optimise",
+        "optimise",
+        "evaluate",
+    ]
+    assert (state.iteration, state.policy_version) == (2, 2)
+    assert schedule.after(state, config) == state
+
+
+def test_the_state_survives_json() -> None:
+    state = RunState(phase=Phase.OPTIMISE, round=2, iteration=7, policy_version=47)
+    assert RunState.from_json(state.to_json()) == state
+
+
+def test_checkpoints_are_due_at_the_period_and_at_the_end() -> None:
+    config = load("quickstart", ["rounds.iterations=5", "cluster.checkpoint_period_iterations=2"])
+    state = RunState(phase=Phase.OPTIMISE)
+    due = []
+    while state.phase is Phase.OPTIMISE:
+        state = schedule.after(state, config)
+        due.append(schedule.checkpoint_is_due(state, config))
+    assert due == [False, True, False, True, True]
+
+
+def test_a_prompt_that_comes_twice_keeps_keys_unique() -> None:
+    config = load("quickstart", ["rollout.samples_per_prompt=2", "rollout.prompts_per_iteration=64"])
+    requests = schedule.requests([prompt("a"), prompt("b"), prompt("a")], config, round=1, iteration=3)
+    assert [(r.key.prompt_id, r.key.sample) for r in requests] == [
+        ("a", 0),
+        ("a", 1),
+        ("b", 0),
+        ("b", 1),
+        ("a", 2),
+        ("a", 3),
+    ]
+    assert len({r.seed for r in requests}) == 6
+
+
+def test_a_seed_depends_on_the_key_and_the_run_alone() -> None:
+    key = RolloutKey(1, 2, "p", 0)
+    assert key.seed(0) == RolloutKey(1, 2, "p", 0).seed(0)
+    assert len({key.seed(0), key.seed(1), key._replace(sample=1).seed(0), key._replace(iteration=3).seed(0)}) == 4
+    assert 0 <= key.seed(0) < 2**31
+
+
+def test_groups_and_shares_cover_the_batch_once() -> None:
+    keys = [RolloutKey(1, 0, str(i), 0) for i in range(10)]
+    assert [len(group) for group in schedule.groups(keys, size=4)] == [4, 4, 2]
+    dealt = schedule.shares(10, workers=3)
+    assert sorted(i for share in dealt for i in share) == list(range(10))
+    assert [len(share) for share in dealt] == [4, 3, 3]

@@ -1,0 +1,94 @@
+"""Configurations: strict, explained, and equal after a round trip."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from configs.load import PRESETS, ConfigError, config_hash, dump, load
+
+PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PRESET_NAMES)
+def test_every_preset_validates_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = load(name)
+    path = tmp_path / "copy.yaml"
+    path.write_text(dump(config))
+    assert load(path) == config
+    assert config_hash(load(path)) == config_hash(config)
+
+
+@pytest.mark.parametrize("name", PRESET_NAMES)
+def test_every_preset_says_how_to_run_it(name: str) -> None:
+    header = (PRESETS / f"{name}.yaml").read_text().split("run:\n")[0]
+    assert f"train {name}" in header
+
+
+def test_there_are_the_four_presets() -> None:
+    assert set(PRESET_NAMES) >= {"quickstart", "hh_pythia_1b_apa", "llama_8b_ppo_16xa100", "llama_70b_apa_multinode"}
+
+
+def test_yaml_is_1_2() -> None:
+    config = load("quickstart", ["learner.policy_optimizer.learning_rate=1e-6", "run.name=on"])
+    assert config.learner.policy_optimizer.learning_rate == 1e-6
+    assert config.run.name == "on"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.worker=3", "rollout.worker: unknown key; did you mean workers?"),
+        ("learner.policy_optimizer.learning_rat=1", "learner.policy_optimizer.learning_rat: unknown key; did you mean"),
+        ("algorithm.apa_lamda=1", "algorithm.apa_lamda: unknown key; did you mean apa_lambda?"),
+        ("rollout.workers=two", "rollout.workers: Input should be a valid integer, not 'two'"),
+        ("rollout.workers=1.5", "rollout.workers"),
+        ("rollout.workers=0", "rollout.workers: Input should be greater than 0"),
+        ("algorithm.minibatch_responses=33", "128 responses an iteration do not divide into minibatches"),
+        ("rollout.top_p=0.9", "truncated distribution"),
+        ("rollout.weight_transfer=nccl", "needs cluster.backend = cuda"),
+        ("learner.micro_batch_tokens=50", "cannot hold one sequence"),
+        ("rollout.max_response_tokens=400", "context_tokens = 128 is shorter"),
+        ("scoring.rewards=[]", "scoring.rewards is empty"),
+        ("algorithm.name=dpo", "algorithm"),
+        ("models.policy.path=x", "either models.policy.path or models.policy.scratch"),
+        ("learner.workers=64", "some ranks would have nothing to do"),
+        ("nonsense", "cannot read the override"),
+        ("run.seed.x=1", "cannot set run.seed.x: seed is a value"),
+        ("rollout.workers=[1", "cannot read the value"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_place(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load("quickstart", [override])
+    assert message in str(error.value)
+
+
+def test_unknown_file_names_the_presets() -> None:
+    with pytest.raises(ConfigError, match="quickstart"):
+        load("nowhere.yaml")
+
+
+def test_broken_yaml_and_empty_files_are_explained(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("run: {name: [")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load(tmp_path / "broken.yaml")
+    with pytest.raises(ConfigError, match="holds no sections"):
+        load(tmp_path / "empty.yaml")
+
+
+def test_switching_the_algorithm_sets_its_strange_keys_aside_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = load("quickstart", ["algorithm.name=ppo"])
+    assert config.algorithm.name == "ppo"
+    assert "apa_lambda" in caplog.text
+
+
+def test_a_strange_key_given_together_with_the_switch_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="apa_lambda: unknown key"):
+        load("quickstart", ["algorithm.name=ppo", "algorithm.apa_lambda=1"])
+
+
+def test_the_hash_follows_the_content() -> None:
+    assert config_hash(load("quickstart")) != config_hash(load("quickstart", ["run.seed=1"]))

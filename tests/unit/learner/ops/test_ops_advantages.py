@@ -1,0 +1,196 @@
+"""Advantages, returns and their normalisation."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_batches import Batch, batches, close, t64
+from torch import Tensor
+
+from learner.ops.advantages import choose_bootstrap_values, gae, normalize
+
+MASK = torch.tensor([[True, True, True, False], [True, True, True, True]])
+FRACTIONS = st.floats(0, 1)
+
+
+def slow_gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Sum the discounted one-step errors of every token outright, without a recursion."""
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    for row, length in enumerate(mask.sum(dim=1).tolist()):
+        v = [*values[row, :length].tolist(), after[row].item()]
+        errors = [rewards[row, t].item() + gamma * v[t + 1] - v[t] for t in range(length)]
+        for t in range(length):
+            advantages[row, t] = sum((gamma * gae_lambda) ** (k - t) * errors[k] for k in range(t, length))
+            returns[row, t] = advantages[row, t] + v[t]
+    return advantages, returns
+
+
+def toy(vectors, gae_lambda: float, after: list[float]) -> tuple[Tensor, Tensor]:
+    v = vectors["V3_gae_terminal"]
+    return gae(
+        t64(v["rewards"]),
+        t64(v["values"]),
+        mask=MASK,
+        bootstrap_values=t64(after),
+        gamma=v["gamma"],
+        gae_lambda=gae_lambda,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "gae_lambda", "after"),
+    [
+        ("V3_gae_terminal", 0.95, [0.0, 0.0]),
+        ("V3b_gae_lam1", 1.0, [0.0, 0.0]),
+        ("V3c_gae_seq1_truncated_bootstrap", 0.95, [0.0, -0.25]),
+        ("V3d_gae_lam0", 0.0, [0.0, 0.0]),
+    ],
+)
+def test_v3_advantages_and_returns(vectors, name: str, gae_lambda: float, after: list[float]):
+    advantages, returns = toy(vectors, gae_lambda, after)
+    close(advantages, vectors[name]["adv"])
+    if "returns" in vectors[name]:
+        close(returns, vectors[name]["returns"])
+
+
+@given(batches(), st.integers(0, 3), FRACTIONS, FRACTIONS)
+def test_i2_advantages_equal_a_slow_loop_for_any_padding(
+    batch: Batch, num_columns: int, gamma: float, gae_lambda: float
+):
+    wider = batch.padded(num_columns, float("nan"))
+    found = gae(
+        wider.advantages,
+        wider.old_values,
+        mask=wider.mask,
+        bootstrap_values=wider.scores,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+    )
+    expected = slow_gae(batch.advantages, batch.old_values, batch.mask, batch.scores, gamma, gae_lambda)
+    width = batch.mask.shape[1]
+    for mine, theirs in zip(found, expected, strict=True):
+        close(mine[:, :width], torch.where(batch.mask, theirs, 0))
+        assert (mine[~wider.mask] == 0).all()
+
+
+@given(batches())
+def test_i6_with_lambda_one_returns_are_rewards_to_go(batch: Batch):
+    rewards = torch.where(batch.mask, batch.advantages, 0)
+    zeros = torch.zeros_like(batch.scores)
+    _, returns = gae(rewards, batch.old_values, mask=batch.mask, bootstrap_values=zeros, gamma=1.0, gae_lambda=1.0)
+    for t in range(rewards.shape[1]):
+        close(returns[:, t], torch.where(batch.mask[:, t], rewards[:, t:].sum(dim=1), 0))
+
+
+@given(batches(), FRACTIONS)
+def test_i6_with_lambda_zero_advantages_are_one_step_errors(batch: Batch, gamma: float):
+    advantages, _ = gae(
+        batch.advantages,
+        batch.old_values,
+        mask=batch.mask,
+        bootstrap_values=batch.scores,
+        gamma=gamma,
+        gae_lambda=0.0,
+    )
+    for row, length in enumerate(batch.mask.sum(dim=1).tolist()):
+        for t in range(length):
+            after = batch.old_values[row, t + 1] if t + 1 < length else batch.scores[row]
+            close(advantages[row, t], batch.advantages[row, t] + gamma * after - batch.old_values[row, t])
+
+
+def test_i6_bootstrap_differs_from_terminal_on_truncated_rows_only(vectors):
+    truncated = torch.tensor([False, True])
+    ends = {
+        mode: choose_bootstrap_values(t64([0.7, -0.25]), truncated_mask=truncated, truncated_value=mode)
+        for mode in ("terminal", "bootstrap")
+    }
+    assert ends["terminal"].tolist() == [0.0, 0.0]
+    assert ends["bootstrap"].tolist() == [0.0, -0.25]
+    terminal, _ = toy(vectors, 0.95, ends["terminal"].tolist())
+    bootstrap, _ = toy(vectors, 0.95, ends["bootstrap"].tolist())
+    close(bootstrap[0], terminal[0])
+    # Every token of the row moves by (gamma lambda)^(T - t) gamma V_{T+1}.
+    close(bootstrap[1] - terminal[1], [-0.25 * 0.95**k for k in (3, 2, 1, 0)])
+
+
+@given(batches(), st.floats(-3, 3))
+def test_shifting_score_and_values_together_changes_no_advantage(batch: Batch, shift: float):
+    rewards = torch.where(batch.mask, batch.advantages, 0)
+    last = batch.mask.sum(dim=1) - 1
+    shifted = rewards.clone()
+    shifted[torch.arange(len(last)), last] += shift
+    options = {"mask": batch.mask, "bootstrap_values": torch.zeros_like(batch.scores), "gamma": 1.0, "gae_lambda": 0.9}
+    close(gae(shifted, batch.old_values + shift, **options)[0], gae(rewards, batch.old_values, **options)[0])
+
+
+def test_advantages_have_no_gradient():
+    values = torch.zeros(1, 2, requires_grad=True)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    for result in gae(values, values, mask=mask, bootstrap_values=torch.zeros(1), gamma=1.0, gae_lambda=0.9):
+        assert not result.requires_grad
+
+
+@pytest.mark.parametrize("row", [[False, True, True], [True, False, True]])
+def test_a_mask_that_is_no_prefix_is_refused(row: list[bool]):
+    with pytest.raises(ValueError, match="left-aligned prefix"):
+        gae(
+            torch.zeros(1, 3),
+            torch.zeros(1, 3),
+            mask=torch.tensor([row]),
+            bootstrap_values=torch.zeros(1),
+            gamma=1.0,
+            gae_lambda=1.0,
+        )
+
+
+def test_bootstrap_values_of_another_shape_are_refused():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="bootstrap_values must be like"):
+        gae(
+            torch.zeros(2, 3),
+            torch.zeros(2, 3),
+            mask=mask,
+            bootstrap_values=torch.zeros(3),
+            gamma=1.0,
+            gae_lambda=1.0,
+        )
+
+
+def test_an_unknown_end_is_refused():
+    with pytest.raises(ValueError, match="unknown truncated_value"):
+        choose_bootstrap_values(torch.zeros(1), truncated_mask=torch.ones(1, dtype=torch.bool), truncated_value="drop")
+
+
+def test_normalisation_modes(vectors):
+    v = vectors["V4_whiten"]
+    advantages = t64(v["adv"])
+    close(normalize(advantages, MASK, mode="none"), v["adv"])
+    close(normalize(advantages, MASK, mode="whiten"), v["whitened_biased"], atol=2e-8)
+    scaled = [[a / (0.67054611 + 1e-8) ** 0.5 for a in row] for row in v["adv"]]
+    close(normalize(advantages, MASK, mode="batch_std_only"), scaled, atol=2e-8)
+
+
+def test_normalisation_takes_the_moments_of_the_global_batch():
+    advantages, mask = t64([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]])
+    close(normalize(advantages, mask, mode="whiten", mean=t64(1.0), var=t64(4.0)), [[0.0, 1.0, 0.0]])
+    close(normalize(advantages, mask, mode="batch_std_only", mean=t64(1.0), var=t64(4.0)), [[0.5, 1.5, 0.0]])
+
+
+@pytest.mark.parametrize("mode", ["none", "batch_std_only", "whiten"])
+@given(batch=batches(min_rows=2), num_columns=st.integers(0, 3))
+def test_i2_padding_and_row_order_do_not_change_the_normalisation(batch: Batch, mode, num_columns: int):
+    width, order = batch.mask.shape[1], list(reversed(range(len(batch.mask))))
+    other = batch.padded(num_columns, float("nan")).rows(order)
+    found = normalize(other.advantages, other.mask, mode=mode)[order]
+    close(found[:, :width], normalize(batch.advantages, batch.mask, mode=mode))
+    assert (found[:, width:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"mode": "z"}, "unknown"), ({"mode": "none", "var": t64(1)}, "both")]
+)
+def test_senseless_normalisations_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        normalize(torch.zeros(2, 4), MASK, **options)
