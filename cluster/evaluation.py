@@ -1,4 +1,4 @@
-"""The evaluation before and after: held-out prompts, the gold score where there is one, and a win rate with interval."""
+"""The evaluation before and after: held-out prompts, gold scores where there are any, and a win rate with interval."""
 
 import json
 import os

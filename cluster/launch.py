@@ -25,7 +25,6 @@ from cluster.stages import RunStages
 from cluster.tracking import MetricsFile, Sinks, TensorBoard, Terminal, evaluation_table
 from configs.data import SourceConfig
 from configs.run import RunConfig
-from configs.scoring import ModelRewardConfig
 from learner import worker as learner_worker
 from protocol import datasets, tokens
 from protocol.messages import Prompt

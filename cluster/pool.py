@@ -48,7 +48,7 @@ def wait(refs: Sequence[Any], *, deadline_s: float, what: str, key: str) -> list
     try:
         return ray.get(list(refs), timeout=deadline_s)
     except GetTimeoutError:
-        ready, late = ray.wait(list(refs), num_returns=len(refs), timeout=0)
+        _, late = ray.wait(list(refs), num_returns=len(refs), timeout=0)
         raise DeadlineError(
             f"{what}: {len(late)} of {len(refs)} did not answer within {key} = {deadline_s:g} s"
         ) from None

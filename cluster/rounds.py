@@ -1,4 +1,4 @@
-"""The rounds of a run as a state machine. Each phase leaves something durable behind, and is skipped where it is there."""
+"""The rounds of a run as a state machine. A phase leaves something durable, and is skipped where that is there."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -47,8 +47,9 @@ def play(stages: Stages, config: RunConfig, state: RunState, *, announce: Callab
     while state.phase is not Phase.DONE:
         announce(state)
         if state.phase is Phase.OPTIMISE:
-            for report, state in driver.optimise(stages.roles(state), config, state):
-                stages.iterated(report, state)
+            for report, reached in driver.optimise(stages.roles(state), config, state):
+                stages.iterated(report, reached)
+                state = reached
             continue
         match state.phase:
             case Phase.SFT:

@@ -57,6 +57,11 @@ class RunDirectory:
         return self.root / "baseline.json"
 
     @property
+    def calibrations(self) -> Path:
+        """The zero and the unit of every reward."""
+        return self.root / "calibrations.json"
+
+    @property
     def finished(self) -> Path:
         """Written when everything is done."""
         return self.root / "finished.json"

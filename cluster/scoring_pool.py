@@ -1,9 +1,10 @@
 """The scoring workers as one role: groups by key, scored by reward and reference workers while generation goes on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster import schedule
 from cluster.pool import Handle, Pool, wait
@@ -74,6 +75,27 @@ class ScoringPool:
             for i in order
         )
         return ScoredReferences(groups=scored, summary=summarise(rewards, references))
+
+    def raw_scores(self, payloads: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
+        """Score rollouts without calibration.
+
+        Args:
+            payloads: References to Rollouts.
+
+        Returns:
+            Component name -> [B] raw scores, in the order given.
+        """
+        size = self._config.group_responses
+        parts = [payloads[start : start + size] for start in range(0, len(payloads), size)]
+        workers = [member.handle for member in self.rewards.members]
+        refs = [workers[i % len(workers)].raw_scores.remote(list(part)) for i, part in enumerate(parts)]
+        scored: list[dict[str, NDArray[np.float32]]] = self._wait(refs, "raw scores")
+        return {name: np.concatenate([part[name] for part in scored]) for name in scored[0]}
+
+    def use(self, calibrations: Mapping[str, Any]) -> None:
+        """Give every reward worker the zero and unit of its components."""
+        refs = [member.handle.load.remote(calibrations=calibrations) for member in self.rewards.members]
+        self._wait(refs, "setting calibrations")
 
     def stop(self) -> None:
         """Stop every worker."""

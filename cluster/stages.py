@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import checkpoint, evaluation, schedule
+from cluster import calibration, checkpoint, evaluation, schedule
 from cluster.driver import Roles
 from cluster.evaluation import Evaluation
 from cluster.learner_group import LearnerGroup, Progress
@@ -78,15 +78,21 @@ class RunStages:
         self._learner.train_reward_model(policy=self.directory.policy(0), output=output, progress=self._progress)
 
     def calibrate(self) -> None:
-        """Fix the zero and the unit of the rewards on samples of the reference policy."""
+        """Fix the zero and the unit of the rewards on samples of the reference policy, for the whole round."""
+        if self.directory.calibrations.exists():
+            return
         rollouts, scoring = self._running()
         stream = self._prompts()
-        prompts = PromptStream(stream.prompts, seed=self.config.run.seed + 1).take(
-            min(self.config.scoring.calibration_responses, len(stream.prompts))
-        )
+        count = min(self.config.scoring.calibration_responses, len(stream.prompts))
+        prompts = PromptStream(stream.prompts, seed=self.config.run.seed + 1).take(count)
         requests = schedule.requests(prompts, self.config, round=0, iteration=CALIBRATION, samples=1)
         finished = {f.meta.key: f.payload for f in rollouts.generate(requests, policy_version=0)}
-        scoring.calibrate([finished[request.key] for request in requests], prompts=prompts)
+        raw = scoring.raw_scores([finished[request.key] for request in requests])
+        found = calibration.calibrate(raw, self.config, prompts=prompts)
+        if self._trains_reward_model:
+            calibration.store_with_model(found, self.config, self.directory.reward_model(0))
+        evaluation.write_json(self.directory.calibrations, found)
+        scoring.use(calibration.parse(found))
 
     def baseline(self) -> None:
         """Evaluate the supervised policy."""
@@ -150,6 +156,9 @@ class RunStages:
     def _running(self) -> tuple[RolloutPool, ScoringPool]:
         if self._pools is None:
             self._pools = self._open_pools()
+            if self.directory.calibrations.exists():
+                stored = json.loads(self.directory.calibrations.read_text())
+                self._pools[1].use(calibration.parse(stored))
         return self._pools
 
     def _prompts(self) -> PromptStream:

@@ -45,8 +45,8 @@ class RunConfig(Section):
         minibatch = self.algorithm.minibatch_responses
         if responses % minibatch:
             raise ValueError(
-                f"rollout.prompts_per_iteration x rollout.samples_per_prompt = {responses} responses an iteration do not "
-                f"divide into minibatches of algorithm.minibatch_responses = {minibatch}"
+                f"rollout.prompts_per_iteration x rollout.samples_per_prompt = {responses} responses an iteration do "
+                f"not divide into minibatches of algorithm.minibatch_responses = {minibatch}"
             )
         if minibatch < self.learner.workers:
             raise ValueError(

@@ -297,8 +297,12 @@ def _split_strings(chosen: Any, rejected: Any, margin: float | None) -> Preferen
     shared = _num_shared(chosen, rejected)
     while shared and not chosen[shared - 1].isspace():  # never cut a word in two
         shared -= 1
+    prompt = _checked_prompt(chosen[:shared])
     return PreferenceRecord(
-        prompt=_checked_prompt(chosen[:shared]), chosen=chosen[shared:], rejected=rejected[shared:], margin=margin
+        prompt=prompt,
+        chosen=_completion(prompt, chosen[shared:], "chosen"),
+        rejected=_completion(prompt, rejected[shared:], "rejected"),
+        margin=margin,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
 import httpx
@@ -184,7 +184,7 @@ def import_function(path: str, *, component: str) -> RewardFunction:
         raise UserError(f"{module_name} has no {name}", where=where, next_step="check the path") from error
     if not callable(function):
         raise UserError(f"{path} is a {type(function).__name__}, not a function", where=where)
-    return function
+    return cast(RewardFunction, function)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """The frozen reference policy: the log-probs of sampled tokens, by the definition that the learner uses."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from protocol.errors import UserError
 from protocol.logprobs import logprobs_in_chunks
@@ -42,7 +44,8 @@ class ReferenceModel:
         self._temperature = temperature
         self._budget_tokens = micro_batch_tokens
         self._device = torch.device(device)
-        self._model = _load_language_model(path, dtype=_DTYPES[dtype]).to(self._device).eval().requires_grad_(False)
+        model = _load_language_model(path, dtype=_DTYPES[dtype])
+        self._model: Any = model.to(self._device).eval().requires_grad_(False)
 
     def logprobs(self, prompts: Sequence[IntArray], responses: Sequence[IntArray]) -> tuple[FloatArray, ...]:
         """Compute the log-probs of response tokens under the reference.
@@ -74,26 +77,27 @@ class ReferenceModel:
             np.concatenate([row * width + np.arange(p, p + t) for row, (p, t) in enumerate(lengths)])
         ).to(self._device)
         # The token at a position is predicted one position before it; the head runs on those positions only.
-        head = self._model.get_output_embeddings()
+        head: nn.Module = self._model.get_output_embeddings()
         flat = logprobs_in_chunks(
             hidden[targets - 1], head, input_ids.flatten()[targets], temperature=self._temperature
         )
         return np.split(flat.cpu().numpy(), np.cumsum([t for _, t in lengths])[:-1])
 
 
-def _load_language_model(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
+def _load_language_model(path: str, *, dtype: torch.dtype) -> Any:
     where = f"reference {path}"
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the model cannot be loaded: {error}",
             where=where,
             cause="it is no directory or hub id of a language model with config.json and safetensors weights",
         ) from error
+    model, loading = loaded
     if loading["missing_keys"]:
         raise UserError(f"weights are missing: {', '.join(sorted(loading['missing_keys'])[:5])}", where=where)
     _check_head(model.eval(), where=where)
@@ -101,7 +105,7 @@ def _load_language_model(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def _check_head(model: PreTrainedModel, *, where: str) -> None:
+def _check_head(model: Any, *, where: str) -> None:
     # Some architectures cap or scale their logits after the head; the head alone would be wrong without any sign.
     ids = torch.arange(4)[None]
     logits = model(input_ids=ids, use_cache=False).logits.float()

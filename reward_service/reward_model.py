@@ -1,18 +1,20 @@
 """A reward model: one calibrated number for a prompt and a response, read at the last token."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
 
 from protocol.errors import UserError
 from protocol.messages import FloatArray, IntArray
 from reward_service.batching import inverse_permutation, pad_right, plan_micro_batches
 from reward_service.scoring import Calibration
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class RewardModel:
@@ -39,7 +41,8 @@ class RewardModel:
         self.path = path
         self._budget_tokens = micro_batch_tokens
         self._device = torch.device(device)
-        self._model = _load_classifier(path, dtype=DTYPES[dtype]).to(self._device).eval().requires_grad_(False)
+        model = _load_classifier(path, dtype=_DTYPES[dtype])
+        self._model: Any = model.to(self._device).eval().requires_grad_(False)
         self.calibration = stored_calibration(self._model.config, path=path)
 
     def raw_scores(self, sequences: Sequence[IntArray]) -> FloatArray:
@@ -92,24 +95,25 @@ def stored_calibration(config: PreTrainedConfig, *, path: str) -> Calibration | 
     return Calibration(gain=float(gain), bias=float(bias))
 
 
-def _load_classifier(path: str, *, dtype: torch.dtype) -> PreTrainedModel:
+def _load_classifier(path: str, *, dtype: torch.dtype) -> Any:
     where = f"reward model {path}"
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         _check_is_reward_model(config, where=where)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the model cannot be loaded: {error}",
             where=where,
             cause="it is no directory or hub id of a model with config.json and safetensors weights",
         ) from error
+    model, loading = loaded
     if loading["missing_keys"]:
         # transformers fills these with random numbers and only warns.
         raise UserError(f"weights are missing: {', '.join(sorted(loading['missing_keys'])[:5])}", where=where)
-    if not isinstance(getattr(model, "score", None), torch.nn.Module):
+    if not isinstance(getattr(model, "score", None), nn.Module):
         raise UserError(
             f"{type(model).__name__} has no `score` head",
             where=where,

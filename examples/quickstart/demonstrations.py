@@ -103,9 +103,7 @@ def _draw_clauses(rng: random.Random, task: Task, chances: tuple[float, float, f
         rng, chances, world.PREPARATION_OF_VERB[task.verb], world.PREPARATION_OF_VERB, world.VAGUE_PREPARATION
     )
     action = _draw_piece(rng, chances, world.ACTION_OF_VERB[task.verb], world.ACTION_OF_VERB, world.VAGUE_ACTION)
-    agent = _draw_piece(
-        rng, chances, world.AGENT_OF_MATERIAL[task.quality], world.AGENT_OF_MATERIAL, world.VAGUE_AGENT
-    )
+    agent = _draw_piece(rng, chances, world.AGENT_OF_MATERIAL[task.quality], world.AGENT_OF_MATERIAL, world.VAGUE_AGENT)
     place = _draw_piece(rng, chances, world.PLACE_OF_OBJECT[task.item], world.PLACE_OF_OBJECT, world.VAGUE_PLACE)
     clauses = [preparation] if preparation is not None else []
     if action is not None:

@@ -122,9 +122,7 @@ def analyse(prompt: str, response: str, finished: bool) -> Analysis:
     )
 
 
-def score(
-    *, prompts: list[str], responses: list[str], finish_reasons: list[str], **metadata: object
-) -> list[float]:
+def score(*, prompts: list[str], responses: list[str], finish_reasons: list[str], **metadata: object) -> list[float]:
     """Return the gold score of each answer, in [-1, 1]."""
     return _score_by(lambda found: found.score, prompts, responses, finish_reasons)
 
@@ -236,5 +234,3 @@ def _is_misplaced(sentences: list[Sentence], place: int, right: int, refused: bo
     if kind is SentenceKind.CLOSER:
         return place != last or refused or not right
     return kind is SentenceKind.KIND_CLOSE and (place != last or not refused)
-
-

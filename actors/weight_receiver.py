@@ -1,0 +1,202 @@
+"""How published weights get into a running vLLM engine, and how it can be proved that they did.
+
+`ObjectStoreReceiver` takes one bucket of bytes at a time, as the manifest's slots describe it, and hands the tensors to
+the model's own loader, which concatenates, pads and shards them. It is registered with vLLM under the name
+`rondo_object_store`. `BROADCAST` names vLLM's own NCCL engine for accelerators; its wiring here has not been run.
+
+On a CPU vLLM repacks the weights of linear layers for oneDNN and drops the originals. What is then computed with can
+neither be summed nor be told apart from stale copies: a tied head that was not sent by name keeps its old packed copy
+without any error. `VISIBLE_WEIGHTS` is a "quantisation" that changes nothing and packs nothing, so that the parameter is
+what the layer computes with. At these sizes it is as fast.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.v1.worker.gpu_worker import Worker
+
+from actors.errors import WeightMismatchError
+from protocol.weights import ByteArray, TensorSlot, WeightManifest, checksum, digest
+
+OBJECT_STORE = "rondo_object_store"
+BROADCAST = "nccl"
+VISIBLE_WEIGHTS = "rondo_visible_weights"
+
+
+@dataclass
+class NoInitInfo(WeightTransferInitInfo):
+    """Nothing has to be agreed on before the first bucket."""
+
+
+@dataclass
+class BucketUpdate(WeightTransferUpdateInfo):
+    """One bucket: its bytes, what lies where in it, and the digest that it must have."""
+
+    slots: Sequence[TensorSlot]
+    buffer: ByteArray
+    digest: str
+
+
+class ObjectStoreReceiver(WeightTransferEngine[NoInitInfo, BucketUpdate]):
+    """Loads buckets that somebody else fetched, layer by layer, into the storage the model computes with."""
+
+    init_info_cls = NoInitInfo
+    update_info_cls = BucketUpdate
+
+    def init_transfer_engine(self, init_info: NoInitInfo) -> None:
+        """Do nothing: buckets come by reference, there is no connection."""
+
+    def start_weight_update(self) -> None:
+        """Make the model expect a whole checkpoint."""
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Load one bucket (the base class would wait for an accelerator even on a CPU)."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: BucketUpdate) -> None:
+        """Check a bucket's bytes and load its tensors.
+
+        Raises:
+            WeightMismatchError: If the bytes are not those that were published; nothing of them is loaded.
+        """
+        actual = digest(update_info.buffer)
+        if actual != update_info.digest:
+            raise WeightMismatchError(f"a bucket has the digest {actual}, the manifest says {update_info.digest}")
+        self.model.load_weights(_tensors(update_info))
+
+    def finish_weight_update(self) -> None:
+        """Put the model back into its running form, whether or not everything came."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Do nothing: there is no connection."""
+
+
+class _VisibleLinear(UnquantizedLinearMethod):
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+
+class _VisibleEmbedding(UnquantizedEmbeddingMethod):
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+
+class VisibleWeights(QuantizationConfig):
+    """Leaves every weight as it is, where it is."""
+
+    def get_name(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Name the method."""
+        return VISIBLE_WEIGHTS
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Allow the types a policy may have."""
+        return [torch.float32, torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Require no accelerator."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Read no files."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "VisibleWeights":
+        """Build it; it has no settings."""
+        return cls()
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Choose the method of a layer."""
+        if isinstance(layer, LinearBase):
+            return _VisibleLinear()
+        if isinstance(layer, VocabParallelEmbedding):
+            return _VisibleEmbedding()
+        return None
+
+
+def register() -> None:
+    """Make vLLM know this module's names; needed once a process, before an engine is built."""
+    if OBJECT_STORE not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(OBJECT_STORE, ObjectStoreReceiver)
+        register_quantization_config(VISIBLE_WEIGHTS)(VisibleWeights)
+
+
+def abandon_update(worker: Worker) -> None:
+    """Bring a worker out of an update that failed half-way: structurally sound, with weights of no version."""
+    # vLLM has no call for this: once update_weights() has raised, finish_weight_update() refuses to clean up.
+    worker._weight_update_active = True
+    worker.finish_weight_update()
+
+
+def parameter_checksum(worker: Worker) -> int:
+    """Sum the bit patterns of a rank's parameters, each storage once (protocol.weights.checksum).
+
+    Padded rows of a vocabulary are zeros and add nothing; rotary caches are buffers and are left out. With tensor
+    parallelism the ranks' sums add up to the whole: what every rank holds in full counts on the first one.
+    """
+    return checksum(_parameter_bytes(worker.get_model(), rank=worker.rank))
+
+
+def broadcast_init(*, master_address: str, master_port: int, rank_offset: int, world_size: int) -> dict[str, Any]:
+    """Describe the NCCL group that the learner's rank 0 and all engines' ranks form. Not run on a CPU."""
+    return {
+        "master_address": master_address,
+        "master_port": master_port,
+        "rank_offset": rank_offset,
+        "world_size": world_size,
+        "packed": True,
+    }
+
+
+def broadcast_update(manifest: WeightManifest) -> dict[str, Any]:
+    """Describe the tensors that the learner is about to broadcast, in order. Not run on a CPU."""
+    specs = [slot.spec for slot in manifest.slots]
+    return {
+        "names": [spec.name for spec in specs],
+        "dtype_names": [spec.dtype for spec in specs],
+        "shapes": [list(spec.shape) for spec in specs],
+    }
+
+
+def _tensors(update: BucketUpdate) -> Iterator[tuple[str, Tensor]]:
+    with warnings.catch_warnings():
+        # The bucket may lie read-only in the object store. The loader only reads it.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        flat = torch.frombuffer(update.buffer, dtype=torch.uint8)
+    for slot in update.slots:
+        part = flat[slot.offset : slot.offset + slot.spec.num_bytes]
+        yield slot.spec.name, part.view(getattr(torch, slot.spec.dtype)).reshape(slot.spec.shape)
+
+
+def _parameter_bytes(model: torch.nn.Module, *, rank: int) -> Iterator[tuple[ByteArray, int]]:
+    seen: set[int] = set()
+    for parameter in model.parameters():
+        pointer = parameter.untyped_storage().data_ptr()
+        sharded = hasattr(parameter, "output_dim") or hasattr(parameter, "input_dim")
+        if pointer in seen or (rank > 0 and not sharded):
+            continue
+        seen.add(pointer)
+        flat = parameter.detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().astype(np.uint8, copy=False), parameter.element_size()

@@ -1,0 +1,120 @@
+"""Scores: calibration, combination, truncation rule, clip and scale, in the normative order."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from configs.scoring import FunctionRewardConfig, ScoringConfig, TruncationConfig
+from protocol.messages import RolloutKey
+from reward_service import scoring
+from reward_service.scoring import Calibration, RewardError
+
+VECTORS = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())
+KEYS = tuple(RolloutKey(0, 3, f"p{i}", 0) for i in range(3))
+
+
+def config(**changes: object) -> ScoringConfig:
+    rewards = [
+        FunctionRewardConfig(name="helpful", path="a.b:c", weight=2.0),
+        FunctionRewardConfig(name="harmless", path="a.b:d", weight=-0.5),
+    ]
+    return ScoringConfig(rewards=rewards, **changes)
+
+
+def array(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def test_calibration_gives_mean_zero_and_unit_deviation() -> None:
+    raw = np.array([3.0, 5.0, 7.0, 9.0])
+    found = scoring.calibrate(raw)
+    assert found.gain == pytest.approx(1 / np.sqrt(5.0))
+    assert found.bias == pytest.approx(-6 / np.sqrt(5.0))
+    done = found.apply(raw)
+    assert done.dtype == np.float32
+    assert done.mean() == pytest.approx(0, abs=1e-6)
+    assert done.std() == pytest.approx(1, abs=1e-6)
+    assert np.argsort(done).tolist() == np.argsort(raw).tolist()
+
+
+@pytest.mark.parametrize("raw", [[1.0], [2.0, 2.0, 2.0], [1.0, float("nan")], [[1.0, 2.0]]])
+def test_calibration_refuses_scores_without_spread(raw: list) -> None:
+    with pytest.raises(ValueError, match="calibration needs"):
+        scoring.calibrate(np.array(raw))
+
+
+def test_combination_is_the_weighted_sum() -> None:
+    combined = scoring.combine(
+        {"harmless": array(2, 4), "helpful": array(1, -1)}, weights={"helpful": 2.0, "harmless": -0.5}
+    )
+    assert combined.tolist() == [1.0, -4.0]
+    with pytest.raises(ValueError, match="do not fit"):
+        scoring.combine({"helpful": array(1)}, weights={"helpful": 1.0, "harmless": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [("subtract", "subtract_1"), ("replace", "replace_minus1"), ("none", None)],
+)
+def test_truncation_rules_match_the_vectors(rule: str, expected: str | None) -> None:
+    vector = VECTORS["V19_eos"]
+    reasons = ["stop" if ended else "length" for ended in vector["has_eos"]]
+    charged = scoring.apply_truncation(
+        array(*vector["score"]), finish_reasons=reasons, truncation=TruncationConfig(rule=rule, penalty=1.0)
+    )
+    wanted = vector["score"] if expected is None else vector[expected]
+    np.testing.assert_allclose(charged, wanted, atol=1e-6)
+
+
+def test_clip_comes_before_scale_and_is_counted() -> None:
+    done, fraction = scoring.clip_and_scale(array(-4, -3, 0.5, 9), clip=3.0, scale=0.5)
+    assert done.tolist() == [-1.5, -1.5, 0.25, 1.5]
+    assert fraction == 0.5
+    done, fraction = scoring.clip_and_scale(array(-4, 9), clip=None, scale=2.0)
+    assert done.tolist() == [-8.0, 18.0]
+    assert fraction == 0.0
+
+
+def test_total_follows_the_normative_order() -> None:
+    # 2*2 - .5*2 = 3; truncated: 3 - 5 = -2, clipped to -1, scaled by 10. Clipping first would give -40.
+    total, fraction = scoring.total_scores(
+        {"helpful": array(2, 2, 0.25), "harmless": array(2, 2, 0)},
+        finish_reasons=["length", "stop", "stop"],
+        config=config(truncation=TruncationConfig(rule="subtract", penalty=5.0), clip=1.0, scale=10.0),
+    )
+    assert total.tolist() == [-10.0, 10.0, 5.0]
+    assert fraction == pytest.approx(2 / 3)
+
+
+def test_a_failed_component_names_itself_and_the_response() -> None:
+    with pytest.raises(RewardError) as caught:
+        scoring.require_scores([0.5, float("nan"), 1.0], component="helpful", keys=KEYS)
+    assert caught.value.component == "helpful"
+    assert caught.value.key == KEYS[1]
+    assert "helpful" in str(caught.value)
+    assert "r0/i3/p1#0" in str(caught.value)
+
+
+@pytest.mark.parametrize("raw", [[1.0, 2.0], [1.0, None, 2.0], "abc", None, [[1.0], [2.0], [3.0]], [1e300, 0.0, 0.0]])
+def test_anything_but_one_finite_number_a_response_is_a_failure(raw: object) -> None:
+    with pytest.raises(RewardError):
+        scoring.require_scores(raw, component="helpful", keys=KEYS)
+
+
+def test_integers_and_arrays_are_numbers() -> None:
+    assert scoring.require_scores([1, 2, 3], component="c", keys=KEYS).tolist() == [1.0, 2.0, 3.0]
+    assert scoring.require_scores(array(1, 2, 3), component="c", keys=KEYS).dtype == np.float32
+
+
+def test_the_error_survives_pickling() -> None:
+    error = RewardError("it returned nan", component="helpful", key=KEYS[0]).saved_at("/tmp/x.json")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert (again.component, again.key, again.incident) == ("helpful", KEYS[0], "/tmp/x.json")
+
+
+def test_identity_changes_nothing() -> None:
+    assert scoring.IDENTITY == Calibration(gain=1.0, bias=0.0)
+    assert scoring.IDENTITY.apply(array(1, -2)).tolist() == [1.0, -2.0]
