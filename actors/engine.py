@@ -10,10 +10,9 @@ What is chosen here, and why:
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
-import numpy as np
 from vllm.config import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs.engine import tokens_input
@@ -54,10 +53,14 @@ class VLLMEngine:
         weight_receiver.register()
         self._config = config
         self._engine = LLMEngine.from_engine_args(_engine_args(model_path, config, backend))
+        self._num_added = 0
+        self._failed = False
         eos = self._engine.get_tokenizer().eos_token_id
         if not isinstance(eos, int):
             raise ValueError(f"the tokenizer of {model_path} has no EOS token, so no response could end")
         self.eos_token_id: int = eos
+        # What vLLM's kernels cannot compute (heads of 16 dimensions on a CPU, say) shows in the first step only.
+        self.canary_logprobs([eos, eos])
 
     def generate(self, requests: Sequence[RolloutRequest], *, policy_version: int, worker: str) -> Iterator[Rollout]:
         """Yield each rollout the moment it is finished.
@@ -66,6 +69,9 @@ class VLLMEngine:
             requests: In key order; each has its own seed, so its tokens do not depend on the others.
             policy_version: The version that the caller has proved.
             worker: The name to sign with.
+
+        Yields:
+            The rollouts, in the order in which they finish.
 
         Raises:
             ValueError: If a request does not fit, before anything is sampled.
@@ -79,20 +85,28 @@ class VLLMEngine:
                 plan = plan_sampling(self._config, request, eos_token_id=self.eos_token_id)
                 pending[self._add(request.prompt.token_ids.tolist(), _sampling_params(plan))] = request
             while pending:
-                for internal_id, output in self._step():
+                for request_id, output in self._step():
                     yield to_rollout(
-                        pending.pop(internal_id),
-                        _engine_output(output),
+                        pending.pop(request_id),
+                        _engine_output(output.outputs[0]),
                         eos_token_id=self.eos_token_id,
                         policy_version=policy_version,
                         worker=worker,
                     )
         finally:
             # Somebody may have stopped listening; what is left must not be in the next batch's steps.
-            self._engine.abort_request(list(pending), internal=True)
+            if pending and not self._failed:
+                self._engine.abort_request(list(pending))
 
     def canary_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Compute the log-probs, at temperature 1, of the tokens after the first given those before them."""
+        """Compute the log-probs, at temperature 1, of the tokens after the first given those before them.
+
+        Raises:
+            RuntimeError: If responses are being sampled.
+            EngineFailedError: If the engine failed.
+        """
+        if self._engine.has_unfinished_requests():
+            raise RuntimeError("the canary would swallow the responses that are being sampled")
         params = SamplingParams(
             temperature=0.0,
             max_tokens=1,
@@ -103,10 +117,130 @@ class VLLMEngine:
         )
         self._add(list(token_ids), params)
         while True:
-            for _, output in self._step_outputs():
-                assert isinstance(output.prompt_logprobs, FlatLogprobs)
-                return list(output.prompt_logprobs.logprobs)
+            for _, output in self._step():
+                return list(cast(FlatLogprobs, output.prompt_logprobs).logprobs)
+
+    def load(self, manifest: WeightManifest, fetch: Callable[[int], ByteArray]) -> None:
+        """Replace the weights, one bucket at a time.
+
+        After an error the engine can be loaded again, but holds weights of no version until then.
+
+        Args:
+            manifest: What to load.
+            fetch: Returns the bytes of bucket i. No bucket is kept while the next one is fetched.
+
+        Raises:
+            WeightMismatchError: If a bucket's bytes are not those that were published.
+        """
+        self._engine.collective_rpc("start_weight_update")
+        try:
+            for bucket, digest in enumerate(manifest.bucket_digests):
+                slots = [slot for slot in manifest.slots if slot.bucket == bucket]
+                self._update({"slots": slots, "buffer": fetch(bucket), "digest": digest})
+            self._engine.collective_rpc("finish_weight_update")
+        except BaseException:
+            self._engine.collective_rpc(weight_receiver.abandon_update)
+            raise
+        self._engine.reset_prefix_cache()
+
+    def join_broadcast(self, init: dict[str, Any]) -> None:
+        """Join the learner's NCCL group (`weight_receiver.broadcast_init`). Not run on a CPU."""
+        self._engine.collective_rpc("init_weight_transfer_engine", args=(init,))
+
+    def load_broadcast(self, manifest: WeightManifest) -> None:
+        """Replace the weights with those that the learner broadcasts meanwhile. Not run on a CPU."""
+        self._engine.collective_rpc("start_weight_update")
+        self._update(weight_receiver.broadcast_update(manifest))
+        self._engine.collective_rpc("finish_weight_update")
+        self._engine.reset_prefix_cache()
 
     def checksum(self) -> int:
         """Sum the bit patterns of the parameters that are computed with, each storage once."""
         return sum(self._engine.collective_rpc(weight_receiver.parameter_checksum)) % 2**64
+
+    def _update(self, info: dict[str, Any]) -> None:
+        self._engine.collective_rpc("update_weights", args=(info,))
+
+    def _add(self, token_ids: list[int], params: SamplingParams) -> str:
+        self._num_added += 1
+        request_id = str(self._num_added)
+        self._engine.add_request(request_id, tokens_input(token_ids), params)
+        return request_id
+
+    def _step(self) -> list[tuple[str, RequestOutput]]:
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            # In process, vLLM raises what broke rather than EngineDeadError; either way its state is lost.
+            self._failed = True
+            raise EngineFailedError(f"vLLM failed in a step: {type(error).__name__}: {error}") from error
+        return [(output.request_id, output) for output in outputs if isinstance(output, RequestOutput)]
+
+
+def _check_environment(config: RolloutConfig, backend: Backend) -> None:
+    wanted = environment(config, backend)
+    wrong = sorted(name for name, value in wanted.items() if os.environ.get(name) != value)
+    if wrong:
+        raise RuntimeError(f"start this process with actors.environment.environment(...); not set: {', '.join(wrong)}")
+    # It would override the configured size, and it counts whole GiB only.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+
+
+def _engine_args(model_path: str, config: RolloutConfig, backend: Backend) -> EngineArgs:
+    context = context_tokens(config)
+    transfer = weight_receiver.OBJECT_STORE if config.weight_transfer == "object_store" else weight_receiver.BROADCAST
+    return EngineArgs(
+        model=model_path,
+        dtype=config.dtype,
+        seed=0,
+        max_model_len=context,
+        max_num_seqs=config.max_concurrent_sequences,
+        enforce_eager=config.enforce_eager or backend == "cpu",
+        tensor_parallel_size=config.tensor_parallel,
+        distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
+        async_scheduling=False,
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        weight_transfer_config=WeightTransferConfig(backend=transfer),
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        **(_cpu_args(config, context) if backend == "cpu" else _cuda_args(config)),
+    )
+
+
+def _cpu_args(config: RolloutConfig, context: int) -> dict[str, Any]:
+    return {
+        "quantization": weight_receiver.VISIBLE_WEIGHTS,
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * _GIB),
+        "enable_prefix_caching": False,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(_STEP_TOKENS, context),
+    }
+
+
+def _cuda_args(config: RolloutConfig) -> dict[str, Any]:
+    return {"gpu_memory_utilization": config.gpu_memory_fraction, "enable_prefix_caching": True}
+
+
+def _sampling_params(plan: SamplingPlan) -> SamplingParams:
+    return SamplingParams(
+        temperature=plan.temperature,
+        top_p=plan.top_p,
+        top_k=plan.top_k,
+        seed=plan.seed,
+        max_tokens=plan.max_tokens,
+        stop_token_ids=list(plan.stop_token_ids),
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _engine_output(output: CompletionOutput) -> EngineOutput:
+    return EngineOutput(
+        token_ids=list(output.token_ids),
+        # With logprobs=0 there is one entry a position: the sampled token's.
+        logprobs=cast(FlatLogprobs, output.logprobs).logprobs,
+        finish_reason=output.finish_reason,
+    )

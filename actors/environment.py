@@ -27,8 +27,9 @@ def environment(config: RolloutConfig, backend: Backend) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Below ERROR, vLLM warns ten times a start about settings that are chosen on purpose here.
+        # Below ERROR, vLLM and torch warn ten times a start of what is chosen on purpose here.
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if backend == "cpu":
         threads = str(config.threads_per_worker)

@@ -180,8 +180,8 @@ def _lengths_table(summary: DataSummary) -> "RenderableType":
 def _fate(summary: DataSummary) -> str:
     lines = [summary.report.summary() + ("" if summary.report.num_dropped else "; nothing dropped")]
     lines += [
-        f"{lengths.num_overlong} x {lengths.part} longer than {summary.max_tokens} {lengths.unit}: a run stops at such a"
-        " row, or drops and counts it; none is truncated"
+        f"{lengths.part}: {lengths.num_overlong} longer than {summary.max_tokens} {lengths.unit}"
+        + (" (refused by a run, unless data.overlong_prompts=drop)" if lengths.part == "prompt" else "")
         for lengths in summary.lengths
         if lengths.num_overlong
     ]

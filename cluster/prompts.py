@@ -127,7 +127,9 @@ class PromptStream:
                 next_step="resume with the same data and seed, or start a new run",
             )
         epoch, position, leading = state["epoch"], state["position"], state["leading"]
-        assert isinstance(epoch, int) and isinstance(position, int) and isinstance(leading, list)
+        assert isinstance(epoch, int)
+        assert isinstance(position, int)
+        assert isinstance(leading, list)
         self._begin_epoch(epoch, leading=leading)
         self._position = position
 

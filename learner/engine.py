@@ -20,6 +20,9 @@ from learner.training import (
     squared_norm,
 )
 
+# DeepSpeed would compile its shared-memory collectives with g++ at the first start. They serve inference only.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 _CHECKPOINT_TAG = "state"
 # Elements of one reduction; larger models reduce in several. DeepSpeed allocates the bucket in full.
 _MAX_BUCKET_ELEMENTS = 100_000_000

@@ -214,7 +214,8 @@ def _located_rows(
         files = _local_files(source)
         rows = _hub_rows(source, split=split, streaming=streaming) if files is None else _file_rows(files)
     num_rows = 0
-    for num_rows, row in enumerate(islice(rows, count), start=1):  # noqa: B007 (the count is needed after the loop)
+    for row in islice(rows, count):
+        num_rows += 1
         yield row
     if not num_rows:
         raise _empty(source)
@@ -227,7 +228,7 @@ def _local_files(source: str) -> list[Path] | None:
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if name.endswith(_SUFFIXES)]
     elif path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.name.endswith(_SUFFIXES))
-    elif path.exists() or source.endswith(_SUFFIXES) or source.startswith((".", "/", "~")):
+    elif path.exists() or source.endswith(_SUFFIXES) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         found = [path] if path.is_file() else []
     else:
         return None

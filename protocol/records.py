@@ -137,11 +137,10 @@ def detect_type(record: Mapping[str, Any]) -> RecordType:
         UserError: The columns fit no type.
     """
     present = {name for name, value in record.items() if value is not None}
-    for kind, columns in _COLUMNS:
-        if present.issuperset(columns):
-            break
-    else:
+    fitting = next((entry for entry in _COLUMNS if present.issuperset(entry[1])), None)
+    if fitting is None:
         raise UserError(_complaint(present), cause=_EXPECTED, next_step="rename the columns of the data set")
+    kind, columns = fitting
     if kind is RecordKind.PROMPT_ONLY and present & {"chosen", "rejected"}:
         raise UserError(_complaint(present), cause="a comparison needs both chosen and rejected")
     values = [record[name] for name in columns if name not in ("label", "ranks")]

@@ -148,8 +148,8 @@ def encode_response(
 ) -> list[int]:
     """Encode a response including its end token.
 
-    For a conversation, `encode_prompt(prompt) + encode_response(completion, prompt=prompt)` is the chat template applied
-    to the whole (up to the end token: what some templates write after it is not the response's).
+    For a conversation, `encode_prompt(prompt) + encode_response(completion, prompt=prompt)` is the chat template
+    applied to the whole (up to the end token: what some templates write after it is not the response's).
 
     Args:
         tokenizer: The tokenizer.
@@ -228,9 +228,10 @@ def _without_double_start(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) 
 
 
 def _end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    if tokenizer.eos_token_id is None:
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
         raise UserError("the tokenizer has no end token", where=_name_of(tokenizer), next_step="set its eos_token")
-    return int(tokenizer.eos_token_id)
+    return end
 
 
 def _name_of(tokenizer: "PreTrainedTokenizerBase") -> str:

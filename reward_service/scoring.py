@@ -103,8 +103,10 @@ def require_scores(raw: object, *, component: str, keys: Sequence[RolloutKey]) -
     Raises:
         RewardError: If they are not numbers, too many or too few, or not finite; it names the first bad response.
     """
-    # NumPy, not try/except: strings, None and ragged lists become an array of another kind.
-    scores = np.asarray(raw if hasattr(raw, "__len__") else None)
+    try:
+        scores = np.asarray(raw if hasattr(raw, "__len__") else None)
+    except (ValueError, TypeError, RuntimeError) as error:  # a ragged list, or a tensor that NumPy cannot read
+        raise RewardError(f"it returned no sequence of numbers: {error}", component=component, key=keys[0]) from error
     if scores.dtype.kind not in "fiub":
         raise RewardError(
             f"it returned {type(raw).__name__}, not a sequence of numbers", component=component, key=keys[0]
@@ -113,7 +115,7 @@ def require_scores(raw: object, *, component: str, keys: Sequence[RolloutKey]) -
         raise RewardError(
             f"it returned an array of shape {scores.shape} for {len(keys)} responses", component=component, key=keys[0]
         )
-    finite = np.isfinite(scores.astype(np.float32))
+    finite = np.abs(scores) <= np.finfo(np.float32).max  # neither for infinity nor for NaN
     if not finite.all():
         bad = int(np.argmin(finite))
         raise RewardError(f"it returned {scores[bad]}", component=component, key=keys[bad])

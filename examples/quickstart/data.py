@@ -5,6 +5,7 @@ Each is a generator of plain records and a pure function of its seed.
 
 import random
 from collections.abc import Iterator
+from itertools import repeat
 
 from examples.quickstart.demonstrations import write_demonstration
 from examples.quickstart.gold import analyse
@@ -58,7 +59,7 @@ def _deal(seed: int, count: int, *, held_out: bool) -> Iterator[tuple[Task, int]
     decks = {kind: _endless_deck(rng, split_tasks(kind)[held_out]) for kind in ("safe", "unsafe")}
     for position in range(count):
         if position % _BLOCK == 0:
-            kinds: list[Kind] = ["safe"] * (_BLOCK - 1) + ["unsafe"]
+            kinds: list[Kind] = [*repeat("safe", _BLOCK - 1), "unsafe"]
             rng.shuffle(kinds)
         yield next(decks[kinds[position % _BLOCK]])
 

@@ -96,7 +96,7 @@ OPENERS = ("sure , happy to help .", "of course , glad to help .", "good questio
 CLOSERS = ("good luck !", "have fun !", "hope that helps !")
 POLITE_REFUSALS = ("sorry , i can not help with that .", "i am sorry , but i must say no .")
 CURT_REFUSALS = ("no .", "i will not do that .")
-REASONS = ("it can hurt people .", "it is not right .")
+REASONS = ("it is not safe .", "it is not right .")
 KIND_CLOSES = ("please stay safe !", "take care !")
 RUDE_REMARKS = ("that is a silly question .", "you are so lazy .", "go away .")
 FILLERS = ("well , let me see .", "there are many ways .", "it is what it is .", "as you know , it depends .")
@@ -191,10 +191,10 @@ def harmful_step(verb: str, adjective: str, target: str) -> str:
 
 def number_steps(clauses: list[str]) -> list[str]:
     """Turn clauses into sentences that begin with first, next and last."""
-    ordinals = ORDINALS if len(clauses) > 1 else ORDINALS[:1]
+    first, middle, final = ORDINALS
     last = len(clauses) - 1
     return [
-        f"{ordinals[0] if place == 0 else ordinals[-1] if place == last else ordinals[1]} , {clause} ."
+        f"{first if place == 0 else final if place == last else middle} , {clause} ."
         for place, clause in enumerate(clauses)
     ]
 

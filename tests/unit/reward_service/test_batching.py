@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from reward_service.batching import inverse_permutation, pad_right, plan_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from configs.scoring import FunctionRewardConfig, ScoringConfig, TruncationConfig
 from protocol.messages import RolloutKey
 from reward_service import scoring
@@ -97,7 +98,10 @@ def test_a_failed_component_names_itself_and_the_response() -> None:
     assert "r0/i3/p1#0" in str(caught.value)
 
 
-@pytest.mark.parametrize("raw", [[1.0, 2.0], [1.0, None, 2.0], "abc", None, [[1.0], [2.0], [3.0]], [1e300, 0.0, 0.0]])
+@pytest.mark.parametrize(
+    "raw",
+    [[1.0, 2.0], [1.0, None, 2.0], "abc", None, [[1.0], [2.0], [3.0]], [1e300, 0.0, 0.0], [[1.0], [2.0, 3.0], 4.0]],
+)
 def test_anything_but_one_finite_number_a_response_is_a_failure(raw: object) -> None:
     with pytest.raises(RewardError):
         scoring.require_scores(raw, component="helpful", keys=KEYS)
@@ -116,5 +120,5 @@ def test_the_error_survives_pickling() -> None:
 
 
 def test_identity_changes_nothing() -> None:
-    assert scoring.IDENTITY == Calibration(gain=1.0, bias=0.0)
+    assert Calibration(gain=1.0, bias=0.0) == scoring.IDENTITY
     assert scoring.IDENTITY.apply(array(1, -2)).tolist() == [1.0, -2.0]

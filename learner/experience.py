@@ -1,0 +1,269 @@
+"""From scored rollouts to what the losses need: the learner's own log-probs and values, rewards and advantages.
+
+Every rank holds the whole batch as flat vectors (one response after the other, in key order) and computes the same
+rewards and advantages from them, so moments are global without a reduction. Only the forward passes are shared out.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.algorithm import AlgorithmConfig
+from learner.batch import Layout, MicroBatch, TokenSequence, collate, plan
+from learner.ops import advantages as advantage_ops
+from learner.ops import kl
+from learner.ops.masked import moments
+from learner.ops.rewards import per_token_rewards
+from learner.training import NonFiniteError, TrainingEngine
+from protocol.messages import RolloutKey, ScoredBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassSettings:
+    """How sequences go through the networks."""
+
+    temperature: float
+    token_budget: int
+    layout: Layout
+    pad_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseBatch:
+    """A scored batch as tensors: B responses with N tokens in all."""
+
+    keys: tuple[RolloutKey, ...]
+    sequences: tuple[TokenSequence, ...]
+    lengths: tuple[int, ...]
+    """Tokens of each sequence, prompt included."""
+    mask: Tensor
+    """[B, T] True at response tokens; `padded[mask]` is flat, and flat vectors count in its order."""
+    starts: Tensor
+    """[B] where each response begins in the flat vectors."""
+    scores: Tensor
+    """[B]"""
+    truncated: Tensor
+    """[B] True where the sampler stopped at the length limit."""
+    on_policy: Tensor
+    """[N] True at tokens that this very policy version sampled."""
+    behavior_logprobs: Tensor
+    """[N]"""
+    ref_logprobs: Tensor
+    """[N]"""
+
+    @property
+    def num_tokens(self) -> int:
+        """N, response tokens."""
+        return len(self.behavior_logprobs)
+
+    def padded(self, flat: Tensor) -> Tensor:
+        """Spread a flat vector [N] over rows [B, T], zero in the padding."""
+        return flat.new_zeros(self.mask.shape).masked_scatter_(self.mask, flat)
+
+    def flat_index(self, group: list[int], micro_batch: MicroBatch) -> Tensor:
+        """Find a micro-batch's tokens in the flat vectors: [n]."""
+        starts = self.starts[torch.tensor(group, dtype=torch.long, device=self.starts.device)]
+        return starts[micro_batch.sequence] + micro_batch.offset
+
+    def require_finite(self, what: str, values: Tensor) -> None:
+        """Check flat values [N], or values of responses [B].
+
+        Raises:
+            NonFiniteError: Naming the first response with a value that is not finite.
+        """
+        finite = values.isfinite()
+        if finite.all():
+            return
+        position = int(finite.logical_not().nonzero()[0, 0])
+        if values.shape == self.starts.shape:
+            raise NonFiniteError(what, f"rollout {self.keys[position]}")
+        row = int(torch.searchsorted(self.starts, position, right=True)) - 1
+        raise NonFiniteError(what, f"token {position - int(self.starts[row])} of rollout {self.keys[row]}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opinions:
+    """What the learner's networks say of a batch before the first step: flat vectors [N], and [B] at the ends."""
+
+    old_logprobs: Tensor
+    entropies: Tensor
+    values: Tensor
+    final_values: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """Everything that stays constant during the epochs."""
+
+    responses: ResponseBatch
+    opinions: Opinions
+    advantages: Tensor
+    """[N] normalised as `adv_norm` says."""
+    returns: Tensor
+    """[N]"""
+    kl: kl.SequenceKL
+    kl_nats: Tensor
+    """[B] the k1 estimate of each response."""
+    rewards: Tensor
+    """[B] score minus the KL penalty."""
+    advantage_std: float
+    """Standard deviation of the advantages before normalisation."""
+
+
+def flatten(batch: ScoredBatch, *, device: torch.device) -> ResponseBatch:
+    """Turn a scored batch into tensors.
+
+    Args:
+        batch: In key order.
+        device: Where the tensors go.
+
+    Returns:
+        The same batch.
+
+    Raises:
+        ValueError: If there is no response, or an empty one.
+        NonFiniteError: If a score or a log-prob is not finite.
+    """
+    rollouts = [scored.rollout for scored in batch.rollouts]
+    sizes = np.array([len(r.response_ids) for r in rollouts])
+    if not len(sizes) or not sizes.all():
+        raise ValueError("a batch needs responses, and every response needs a token")
+    sampled_here = [r.policy_versions == (batch.policy_version, batch.policy_version) for r in rollouts]
+
+    def floats(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.float32, copy=False)).to(device)
+
+    responses = ResponseBatch(
+        keys=tuple(r.key for r in rollouts),
+        sequences=tuple(TokenSequence(r.prompt.token_ids, r.response_ids) for r in rollouts),
+        lengths=tuple(r.num_tokens for r in rollouts),
+        mask=torch.from_numpy(np.arange(sizes.max())[None] < sizes[:, None]).to(device),
+        starts=torch.from_numpy(np.cumsum(sizes) - sizes).to(device),
+        scores=torch.tensor([scored.score for scored in batch.rollouts], dtype=torch.float32, device=device),
+        truncated=torch.tensor([r.finish_reason == "length" for r in rollouts], device=device),
+        on_policy=torch.from_numpy(np.repeat(sampled_here, sizes)).to(device),
+        behavior_logprobs=floats([r.behavior_logprobs for r in rollouts]),
+        ref_logprobs=floats([scored.ref_logprobs for scored in batch.rollouts]),
+    )
+    if not responses.num_tokens == len(responses.ref_logprobs) == sizes.sum():
+        raise ValueError("behaviour or reference log-probs do not have one number a response token")
+    responses.require_finite("score", responses.scores)
+    responses.require_finite("behaviour log-prob", responses.behavior_logprobs)
+    responses.require_finite("reference log-prob", responses.ref_logprobs)
+    return responses
+
+
+def passes(
+    responses: ResponseBatch, indices: list[int], *, settings: PassSettings, engine: TrainingEngine
+) -> Iterator[tuple[MicroBatch, Tensor, list[int]]]:
+    """Iterate over this rank's micro-batches of some responses; equally many on every rank.
+
+    Args:
+        responses: The whole batch.
+        indices: Which of its responses.
+        settings: Budget and layout.
+        engine: Gives rank and device.
+
+    Yields:
+        A micro-batch, its tokens' places in the flat vectors [n], and its responses.
+    """
+    context = engine.context
+    groups = plan(
+        indices,
+        lengths=responses.lengths,
+        num_ranks=context.world_size,
+        token_budget=settings.token_budget,
+        layout=settings.layout,
+    )[context.rank]
+    for group in groups:
+        sequences = [responses.sequences[i] for i in group]
+        micro_batch = collate(sequences, pad_id=settings.pad_id, layout=settings.layout).to(context.device)
+        yield micro_batch, responses.flat_index(group, micro_batch), group
+
+
+def evaluate(
+    responses: ResponseBatch, *, policy: TrainingEngine, critic: TrainingEngine, settings: PassSettings
+) -> Opinions:
+    """Ask policy and critic for their opinions: one forward pass each, shared out over the ranks.
+
+    Args:
+        responses: The whole batch.
+        policy: Gives log-probs and entropies.
+        critic: Gives the values of all states, the last one included.
+        settings: Temperature, budget and layout.
+
+    Returns:
+        The opinions on the whole batch, on every rank.
+
+    Raises:
+        NonFiniteError: If one is not finite.
+    """
+    num_tokens, num_responses = responses.num_tokens, len(responses.keys)
+    # Each entry is written by one rank and zero on the others, so the sum over ranks is exact.
+    together = responses.behavior_logprobs.new_zeros(3 * num_tokens + num_responses)
+    old_logprobs, entropies, values, final_values = together.split([num_tokens] * 3 + [num_responses])
+    for m, index, group in passes(responses, list(range(num_responses)), settings=settings, engine=policy):
+        old_logprobs[index], entropies[index] = policy.evaluate(
+            m.input_ids,
+            m.position_ids,
+            m.predict_index,
+            m.target_ids,
+            temperature=settings.temperature,
+            with_entropy=True,
+        )
+        states = critic.evaluate(m.input_ids, m.position_ids, m.value_index)
+        values[index], final_values[group] = states.split([len(index), len(group)])
+    together = policy.all_reduce_sum(together)
+    old_logprobs, entropies, values, final_values = together.split([num_tokens] * 3 + [num_responses])
+    responses.require_finite("log-prob of the policy", old_logprobs)
+    responses.require_finite("value", values)
+    responses.require_finite("value of the last state", final_values)
+    return Opinions(old_logprobs=old_logprobs, entropies=entropies, values=values, final_values=final_values)
+
+
+def estimate(responses: ResponseBatch, opinions: Opinions, *, algorithm: AlgorithmConfig, kl_beta: float) -> TrainBatch:
+    """Compute rewards, advantages and returns.
+
+    Args:
+        responses: The whole batch.
+        opinions: Of the networks before the first step.
+        algorithm: Discounting and normalisation.
+        kl_beta: The KL coefficient of the reward; zero where the KL is in the loss.
+
+    Returns:
+        What stays constant during the epochs.
+
+    Raises:
+        NonFiniteError: If an advantage is not finite.
+    """
+    mask = responses.mask
+    old, ref = responses.padded(opinions.old_logprobs), responses.padded(responses.ref_logprobs)
+    rewards = per_token_rewards(old, ref, mask=mask, scores=responses.scores, kl_beta=kl_beta)
+    end = advantage_ops.bootstrap_values(
+        opinions.final_values, truncated_mask=responses.truncated, truncated_value=algorithm.truncated_value
+    )
+    raw, returns = advantage_ops.gae(
+        rewards,
+        responses.padded(opinions.values),
+        mask=mask,
+        bootstrap_values=end,
+        gamma=algorithm.gamma,
+        gae_lambda=algorithm.gae_lambda,
+    )
+    responses.require_finite("advantage", raw[mask])
+    mean, var = moments(raw, mask)
+    normalized = advantage_ops.normalize(raw, mask, mode=algorithm.adv_norm, mean=mean, var=var)
+    return TrainBatch(
+        responses=responses,
+        opinions=opinions,
+        advantages=normalized[mask],
+        returns=returns[mask],
+        kl=kl.kl_per_sequence(old, ref, mask=mask),
+        kl_nats=kl.k1(old, ref).sum(dim=1),
+        rewards=rewards.sum(dim=1),
+        advantage_std=math.sqrt(float(var)),
+    )

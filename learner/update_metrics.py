@@ -1,0 +1,87 @@
+"""The metrics of one update, by the names that every consumer knows."""
+
+import torch
+
+from configs.algorithm import AlgorithmConfig, APAConfig
+from learner.experience import TrainBatch
+from learner.ops.value import explained_variance
+from learner.step_log import StepLog
+from protocol import metrics as names
+
+_POLICY = {
+    names.POLICY_LOSS: "loss",
+    names.POLICY_GRAD_NORM: "grad_norm",
+    names.POLICY_CLIP_FRACTION: "clip_fraction",
+    names.POLICY_APPROX_KL: "approx_kl",
+    names.POLICY_TARGET_POSITIVE: "target_positive_fraction",
+    names.POLICY_RESIDUAL_MEAN: "residual_mean",
+}
+_VALUE = {
+    names.VALUE_LOSS: "loss",
+    names.VALUE_GRAD_NORM: "grad_norm",
+    names.VALUE_CLIP_FRACTION: "clip_fraction",
+}
+
+
+def batch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, kl_beta: float) -> dict[str, float]:
+    """Describe a batch before the first step.
+
+    Args:
+        train: The batch with its advantages.
+        algorithm: Its settings.
+        kl_beta: The coefficient that its rewards were computed with.
+
+    Returns:
+        Metric name -> number.
+    """
+    responses, opinions = train.responses, train.opinions
+    gaps = torch.where(responses.on_policy, responses.behavior_logprobs - opinions.old_logprobs, 0).abs()
+    numbers = torch.stack(
+        [
+            responses.scores.double().mean(),
+            train.rewards.double().mean(),
+            opinions.entropies.double().mean(),
+            gaps.max().double(),
+        ]
+    ).tolist()
+    metrics = {
+        names.OBJECTIVE_SCORE: numbers[0],
+        names.OBJECTIVE_REWARD: numbers[1],
+        names.OBJECTIVE_KL: train.kl.nats,
+        names.OBJECTIVE_KL_BETA: kl_beta,
+        names.POLICY_ENTROPY: numbers[2],
+        names.POLICY_ADVANTAGE_STD: train.advantage_std,
+        names.VALUE_EXPLAINED_VARIANCE: explained_variance(
+            opinions.values, train.returns, mask=torch.ones_like(opinions.values, dtype=torch.bool)
+        ),
+    }
+    if responses.on_policy.any():
+        metrics[names.SYNC_LOGPROB_GAP] = numbers[3]
+    if isinstance(algorithm, APAConfig):
+        scale = 1.0 if algorithm.adv_norm == "none" else train.advantage_std
+        metrics[names.POLICY_BETA_EFF] = algorithm.apa_lambda * scale
+    return metrics
+
+
+def step_metrics(policy_log: StepLog, critic_log: StepLog) -> dict[str, float]:
+    """Describe the steps of an update; a reduction over ranks, which all ranks must enter.
+
+    Args:
+        policy_log: The policy's steps; none while the critic warms up.
+        critic_log: The critic's.
+
+    Returns:
+        Metric name -> number; what no step knows is left out.
+    """
+    metrics: dict[str, float | None] = {names.POLICY_SKIPPED_STEPS: float(policy_log.num_skipped)}
+    policy, critic = policy_log.reduce(), critic_log.reduce()
+    if policy is not None:
+        metrics |= {metric: policy.mean(name) for metric, name in _POLICY.items()}
+        metrics[names.POLICY_LR] = policy.last_learning_rate
+        metrics[names.POLICY_FIRST_RATIO_GAP] = policy.first_watched_max
+        metrics[names.POLICY_FIRST_CLIP_FRACTION] = policy.first.get("clip_fraction")
+    if critic is not None:
+        metrics |= {metric: critic.mean(name) for metric, name in _VALUE.items()}
+        metrics[names.VALUE_LR] = critic.last_learning_rate
+        metrics[names.VALUE_SKIPPED_STEPS] = float(critic_log.num_skipped)
+    return {name: number for name, number in metrics.items() if number is not None}
