@@ -9,11 +9,13 @@ What is chosen here, and why:
 - The model's own `generation_config.json` is not read: nothing changes the sampling but the run's configuration.
 """
 
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
-from vllm.config import WeightTransferConfig
+from vllm.config import VllmConfig, WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs
@@ -52,7 +54,7 @@ class VLLMEngine:
         _check_environment(config, backend)
         weight_receiver.register()
         self._config = config
-        self._engine = LLMEngine.from_engine_args(_engine_args(model_path, config, backend))
+        self._engine = _build(model_path, config, backend)
         self._num_added = 0
         self._failed = False
         eos = self._engine.get_tokenizer().eos_token_id
@@ -186,6 +188,26 @@ def _check_environment(config: RolloutConfig, backend: Backend) -> None:
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
 
+def _build(model_path: str, config: RolloutConfig, backend: Backend) -> LLMEngine:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+        vllm_config = _engine_args(model_path, config, backend).create_engine_config()
+        if backend == "cpu":
+            vllm_config.cache_config.kv_cache_memory_bytes = _cache_bytes(vllm_config, config)
+        return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
+
+
+def _cache_bytes(vllm_config: VllmConfig, config: RolloutConfig) -> int:
+    """Bound the KV cache by what can ever be in use: vLLM touches all of it at once, so it counts as resident."""
+    model, block = vllm_config.model_config, vllm_config.cache_config.block_size
+    heads = model.get_num_kv_heads(vllm_config.parallel_config)
+    layers = model.get_num_layers(vllm_config.parallel_config)
+    token_bytes = 2 * layers * heads * model.get_head_size() * model.dtype.itemsize
+    # vLLM keeps one block for itself.
+    blocks = config.max_concurrent_sequences * math.ceil(context_tokens(config) / block) + 1
+    return min(int(config.kv_cache_gib * _GIB), blocks * block * token_bytes)
+
+
 def _engine_args(model_path: str, config: RolloutConfig, backend: Backend) -> EngineArgs:
     context = context_tokens(config)
     transfer = weight_receiver.OBJECT_STORE if config.weight_transfer == "object_store" else weight_receiver.BROADCAST
@@ -202,16 +224,14 @@ def _engine_args(model_path: str, config: RolloutConfig, backend: Backend) -> En
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
         weight_transfer_config=WeightTransferConfig(backend=transfer),
-        disable_log_stats=True,
         use_tqdm_on_load=False,
-        **(_cpu_args(config, context) if backend == "cpu" else _cuda_args(config)),
+        **(_cpu_args(context) if backend == "cpu" else _cuda_args(config)),
     )
 
 
-def _cpu_args(config: RolloutConfig, context: int) -> dict[str, Any]:
+def _cpu_args(context: int) -> dict[str, Any]:
     return {
         "quantization": weight_receiver.VISIBLE_WEIGHTS,
-        "kv_cache_memory_bytes": int(config.kv_cache_gib * _GIB),
         "enable_prefix_caching": False,
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(_STEP_TOKENS, context),

@@ -145,8 +145,9 @@ def register() -> None:
 def abandon_update(worker: Any) -> None:
     """Bring a worker out of an update that failed half-way: structurally sound, with weights of no version."""
     # vLLM has no call for this: once update_weights() has raised, finish_weight_update() refuses to clean up.
-    worker._weight_update_active = True
-    worker.finish_weight_update()
+    # A call over all workers gets vLLM's wrapper; the flag is the worker's own.
+    worker.worker._weight_update_active = True
+    worker.worker.finish_weight_update()
 
 
 def parameter_checksum(worker: Any) -> int:

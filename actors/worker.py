@@ -65,15 +65,15 @@ class RolloutWorker:
         self._policy_version = policy_version
         self._state: WorkerState = "idle"
 
-    def generate(self, requests: Sequence[RolloutRequest], *, policy_version: int) -> Iterator[RolloutMeta | Rollout]:
-        """Sample responses; yield each one's description, then the rollout itself, the moment it is finished.
+    def generate(self, requests: Sequence[RolloutRequest], *, policy_version: int) -> Iterator[Rollout | RolloutMeta]:
+        """Sample responses; yield each rollout, then its description, the moment it is finished.
 
         Args:
             requests: In key order.
             policy_version: The version that must sample them.
 
         Yields:
-            RolloutMeta and Rollout in turn.
+            Rollout and RolloutMeta in turn.
 
         Raises:
             StaleWeightsError: If this worker cannot prove that it holds that version.
@@ -85,8 +85,9 @@ class RolloutWorker:
         self._state = "serving"
         try:
             for rollout in self._engine.generate(requests, policy_version=policy_version, worker=self._name):
-                yield RolloutMeta.of(rollout)
+                # The payload first: whoever has read a description can rely on what it describes.
                 yield rollout
+                yield RolloutMeta.of(rollout)
         except EngineFailedError as error:
             self._die(error)
         finally:
@@ -189,5 +190,5 @@ class RolloutWorker:
 
 def remote_class() -> Any:
     """Wrap the worker for Ray: `remote_class().options(...).remote(...)`, with `environment()` in its runtime_env."""
-    wrap: Any = ray.remote(concurrency_groups={CONTROL_GROUP: 1}, max_restarts=0, max_task_retries=0)
-    return wrap(RolloutWorker)
+    remote: Any = ray.remote  # Ray's own annotations do not know concurrency_groups
+    return remote(concurrency_groups={CONTROL_GROUP: 1}, max_restarts=0, max_task_retries=0)(RolloutWorker)

@@ -56,9 +56,9 @@ class RolloutPool:
             stream = ready[0]
             member = streams[stream]
             try:
-                # A stream alternates between what the driver may know and a reference that it only passes on.
-                meta: RolloutMeta = ray.get(next(stream))
+                # A stream alternates between a payload, which the driver only passes on, and what it may know of it.
                 payload = next(stream)
+                meta: RolloutMeta = ray.get(next(stream))
             except StopIteration:
                 del streams[stream]
                 continue

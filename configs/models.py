@@ -6,6 +6,8 @@ from pydantic import model_validator
 
 from configs.base import PositiveInt, Section
 
+_MIN_HEAD_SIZE = 32
+
 
 class ScratchModelConfig(Section):
     """A Llama-shaped policy initialised at random, with a tokenizer trained on the demonstrations."""
@@ -23,6 +25,11 @@ class ScratchModelConfig(Section):
     def _heads_divide(self) -> Self:
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ValueError("num_heads must divide hidden_size, and num_kv_heads must divide num_heads")
+        if self.hidden_size // self.num_heads < _MIN_HEAD_SIZE:
+            raise ValueError(
+                f"hidden_size / num_heads = {self.hidden_size // self.num_heads}: the engine's CPU attention needs heads "
+                f"of {_MIN_HEAD_SIZE} or more"
+            )
         return self
 
 

@@ -243,7 +243,7 @@ def estimate(responses: ResponseBatch, opinions: Opinions, *, algorithm: Algorit
     mask = responses.mask
     old, ref = responses.padded(opinions.old_logprobs), responses.padded(responses.ref_logprobs)
     rewards = per_token_rewards(old, ref, mask=mask, scores=responses.scores, kl_beta=kl_beta)
-    end = advantage_ops.bootstrap_values(
+    end = advantage_ops.choose_bootstrap_values(
         opinions.final_values, truncated_mask=responses.truncated, truncated_value=algorithm.truncated_value
     )
     raw, returns = advantage_ops.gae(

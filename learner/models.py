@@ -105,10 +105,16 @@ class PolicyModel(TrainedModel):
 
 
 class ScalarModel(TrainedModel):
-    """A network that gives one number a position: critic (at every state) and reward model (at the end)."""
+    """A network that gives one number a position: critic (at every state) and reward model (at the end).
 
-    def __init__(self, network: PreTrainedModel) -> None:
+    Args:
+        network: With a linear head `score` of one output.
+        offset: What is added to the head's output. Heads have no bias of their own.
+    """
+
+    def __init__(self, network: PreTrainedModel, *, offset: float = 0.0) -> None:
         super().__init__(network, network.score)
+        self.offset = offset
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, select_index: Tensor) -> Tensor:
         """Compute scores.
@@ -121,7 +127,7 @@ class ScalarModel(TrainedModel):
         Returns:
             [N] scores, fp32.
         """
-        return self.head(self.hidden(input_ids, position_ids, select_index)).squeeze(-1).float()
+        return self.head(self.hidden(input_ids, position_ids, select_index)).squeeze(-1).float() + self.offset
 
 
 def new_policy(scratch: ScratchModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PolicyModel:
@@ -207,6 +213,30 @@ def load_scalar(path: str | Path, *, precision: Precision) -> ScalarModel:
             next_step="name a sequence classifier with one label, or start from the policy",
         )
     return ScalarModel(network)
+
+
+@torch.no_grad()
+def load_critic(path: str | Path, *, precision: Precision) -> ScalarModel:
+    """Load a reward model as a critic, which gives values in units of the calibrated score.
+
+        value = gain * raw score + bias
+
+    Args:
+        path: A Hugging Face directory or hub id; without a stored calibration, gain is 1 and bias 0.
+        precision: Of its parameters.
+
+    Returns:
+        The critic.
+
+    Raises:
+        UserError: As `load_scalar` does.
+    """
+    critic = load_scalar(path, precision=precision)
+    calibration = getattr(critic.network.config, "rondo_calibration", None) or {"gain": 1.0, "bias": 0.0}
+    for parameter in critic.network.score.parameters():
+        parameter.mul_(calibration["gain"])
+    critic.offset = calibration["bias"]
+    return critic
 
 
 def scalar_from_policy(path: str | Path, *, seed: int, precision: Precision = "fp32") -> ScalarModel:

@@ -6,7 +6,9 @@ from configs.load import load
 from configs.run import RunConfig
 
 TINY = (
-    "models.policy.scratch.hidden_size=32",
+    "models.policy.scratch.hidden_size=64",
+    "models.policy.scratch.num_heads=2",
+    "models.policy.scratch.num_kv_heads=1",
     "models.policy.scratch.mlp_size=64",
     "models.policy.scratch.num_layers=2",
     "models.policy.scratch.vocab_size=320",

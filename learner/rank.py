@@ -1,0 +1,276 @@
+"""One rank of the learner: its stages, its engines and its state, without any knowledge of how it is called."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from configs.models import ModelsConfig
+from configs.run import RunConfig
+from configs.scoring import ModelRewardConfig
+from learner import checkpoint, records, reward_modelling, supervised, weight_sender
+from learner.engine import DeepSpeedEngine
+from learner.experience import PassSettings
+from learner.export import export_policy, padding_id
+from learner.models import ScalarModel, load_critic, load_policy, load_scalar, scalar_from_policy
+from learner.supervised_loop import StageContext, layout_of
+from learner.training import NonFiniteError, RankContext
+from learner.update import Updater, UpdateSettings
+from protocol.messages import (
+    IntArray,
+    ReferenceLogprobs,
+    RewardScores,
+    Rollout,
+    RolloutKey,
+    SampleText,
+    ScoredBatch,
+    ScoredRollout,
+    UpdateReport,
+)
+from protocol.tokens import decode, load_tokenizer
+from protocol.weights import ByteArray, WeightManifest
+
+Group = tuple[Sequence[Rollout], RewardScores, ReferenceLogprobs]
+Stage = Literal["idle", "sft", "reward_model", "update", "publish"]
+
+
+class Rank:
+    """What one rank does. All ranks do the same at the same time; rank 0 writes.
+
+    Args:
+        context: This rank's place.
+        config: The run's configuration.
+        run_directory: Of the run; a batch that cannot be learned from is kept under `incidents/`.
+    """
+
+    def __init__(self, context: RankContext, *, config: RunConfig, run_directory: Path) -> None:
+        torch.set_num_threads(config.learner.threads_per_worker)
+        self.context = context
+        self.progress: dict[str, Any] = {}
+        self.policy_version: int | None = None
+        self._config = config
+        self._incidents = run_directory / "incidents"
+        self._updater: Updater | None = None
+        self._tokenizer: Any = None
+        self._batch: ScoredBatch | None = None
+        self._kl_nats: Mapping[RolloutKey, float] = {}
+        self._kl_beta = 0.0
+
+    def train_sft(self, *, output: Path) -> dict[str, Any]:
+        """Fine-tune the policy on demonstrations."""
+        return supervised.train_sft(self._config, self._stage_context(), output=output, report=self._report)
+
+    def train_reward_model(self, *, policy: Path, output: Path) -> dict[str, Any]:
+        """Train a reward model on comparisons."""
+        return reward_modelling.train_reward_model(
+            self._config, self._stage_context(), policy=policy, output=output, report=self._report
+        )
+
+    def start_rl(self, *, policy: Path, reward_model: Path | None) -> None:
+        """Build the engines of policy and critic; those of a round before are given up.
+
+        Args:
+            policy: The directory that the policy starts from.
+            reward_model: This round's reward model, if one was trained.
+        """
+        if self._updater is not None:
+            for engine in (self._updater.policy, self._updater.critic):
+                engine.close()
+        config = self._config
+        learner, algorithm = config.learner, config.algorithm
+        network = load_policy(policy, precision=learner.precision)
+        critic = make_critic(config, policy=policy, reward_model=reward_model)
+        self._tokenizer = load_tokenizer(policy)
+        minibatches = config.rollout.responses_per_iteration // algorithm.minibatch_responses
+        steps = minibatches * algorithm.num_epochs
+        policy_iterations = max(1, config.rounds.iterations - algorithm.critic_warmup_iterations)
+        make = partial(DeepSpeedEngine, settings=learner, context=self.context)
+        self._updater = Updater(
+            policy=make(
+                network, optimizer=learner.policy_optimizer, name="policy", total_steps=steps * policy_iterations
+            ),
+            critic=make(
+                critic, optimizer=learner.critic_optimizer, name="critic", total_steps=steps * config.rounds.iterations
+            ),
+            settings=UpdateSettings(
+                algorithm=algorithm,
+                passes=PassSettings(
+                    temperature=config.rollout.temperature,
+                    token_budget=learner.micro_batch_tokens,
+                    layout=layout_of(network, learner),
+                    pad_id=padding_id(self._tokenizer),
+                ),
+                max_response_tokens=config.rollout.max_response_tokens,
+                run_seed=config.run.seed,
+            ),
+        )
+
+    def update(self, groups: Sequence[Group], *, round: int, iteration: int) -> UpdateReport:
+        """Learn from scored groups.
+
+        Args:
+            groups: Every rollout of the iteration in one of them.
+            round: Which round.
+            iteration: Which iteration of it, from zero.
+
+        Returns:
+            What happened.
+
+        Raises:
+            NonFiniteError: If a number is not finite; the batch is kept in the run's incidents.
+        """
+        updater = self._running()
+        version = -1 if self.policy_version is None else self.policy_version
+        batch = assemble(groups, round=round, iteration=iteration, policy_version=version)
+        self._batch, self._kl_nats, self._kl_beta = batch, {}, updater.kl_beta
+        try:
+            report = updater.update(batch)
+        except NonFiniteError as error:
+            self._keep(batch, str(error))
+            raise
+        self._kl_nats = report.kl_nats_per_sequence
+        if report.num_skipped_steps:
+            self._keep(batch, f"{report.num_skipped_steps} steps were skipped: loss or gradient was not finite")
+        return report
+
+    def publish(self, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
+        """Publish the policy; rank 0 yields buckets and manifest, the others nothing."""
+        yield from weight_sender.publish(
+            self._running().policy,
+            policy_version=policy_version,
+            bucket_bytes=int(self._config.learner.bucket_mib * 2**20),
+            dtype=self._config.rollout.dtype,
+        )
+        self.policy_version = policy_version
+
+    def samples(self, keys: Sequence[RolloutKey]) -> tuple[SampleText, ...]:
+        """Decode a few responses of the last batch."""
+        return records.samples(
+            self._last_batch(), keys, decode=self._decode, kl_nats=self._kl_nats, kl_beta=self._kl_beta
+        )
+
+    def write_rollouts(self, path: Path) -> None:
+        """Write the last batch as Parquet."""
+        records.write_batch(path, self._last_batch(), decode=self._decode, kl_nats=self._kl_nats)
+
+    def save(self, directory: Path) -> None:
+        """Write all state."""
+        updater = self._running()
+        controller = None if updater.controller is None else updater.controller.state_dict()
+        state = checkpoint.LearnerState(policy_version=self.policy_version, kl_controller=controller)
+        checkpoint.save(directory, engines={"policy": updater.policy, "critic": updater.critic}, state=state)
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote; the files must have been verified."""
+        updater = self._running()
+        state = checkpoint.load(directory, engines={"policy": updater.policy, "critic": updater.critic})
+        self.policy_version = state.policy_version
+        if updater.controller is not None and state.kl_controller is not None:
+            updater.controller.load_state_dict(state.kl_controller)
+
+    def export(self, directory: Path, *, card: Mapping[str, Any]) -> None:
+        """Write the policy as a plain Hugging Face directory."""
+        export_policy(self._running().policy, self._tokenizer, directory, card=card)
+
+    def _running(self) -> Updater:
+        if self._updater is None:
+            raise RuntimeError("start_rl comes first")
+        return self._updater
+
+    def _last_batch(self) -> ScoredBatch:
+        if self._batch is None:
+            raise RuntimeError("no batch has been learned from yet")
+        return self._batch
+
+    def _decode(self, token_ids: IntArray) -> str:
+        return decode(self._tokenizer, token_ids.tolist())
+
+    def _report(self, figures: Mapping[str, Any]) -> None:
+        self.progress = dict(figures)
+
+    def _stage_context(self) -> StageContext:
+        make_engine = partial(DeepSpeedEngine, settings=self._config.learner, context=self.context)
+        return StageContext(
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+            device=self.context.device,
+            make_engine=make_engine,
+        )
+
+    def _keep(self, batch: ScoredBatch, what: str) -> None:
+        """Keep a batch that could not be learned from, for a post-mortem."""
+        if self.context.rank != 0:
+            return
+        path = self._incidents / f"nonfinite-r{batch.round:03d}-i{batch.iteration:06d}.parquet"
+        records.write_batch(path, batch, decode=self._decode, kl_nats={})
+        incident = {"kind": "nonfinite", "what": what, "policy_version": batch.policy_version, "batch": path.name}
+        path.with_suffix(".json").write_text(json.dumps(incident, indent=2), encoding="utf-8")
+
+
+def make_critic(config: RunConfig, *, policy: Path, reward_model: Path | None) -> ScalarModel:
+    """Build the critic that `models.critic.init` names.
+
+    Args:
+        config: The run's configuration.
+        policy: The policy's directory.
+        reward_model: This round's reward model, if one was trained.
+
+    Returns:
+        A network of its own.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    models: ModelsConfig = config.models
+    precision = config.learner.precision
+    if models.critic.init == "policy":
+        return scalar_from_policy(policy, seed=config.run.seed, precision=precision)
+    if models.critic.init != "reward":
+        return load_scalar(models.critic.init, precision=precision)
+    if reward_model is None:
+        # The configuration has checked that there is a reward model, so it is a finished one.
+        named = next(reward for reward in config.scoring.rewards if isinstance(reward, ModelRewardConfig))
+        return load_critic(named.path, precision=precision)
+    return load_critic(reward_model, precision=precision)
+
+
+def assemble(groups: Sequence[Group], *, round: int, iteration: int, policy_version: int) -> ScoredBatch:
+    """Join rollouts with their scores and reference log-probs.
+
+    Args:
+        groups: Every rollout in one of them.
+        round: Which round.
+        iteration: Which iteration of it.
+        policy_version: The version that the learner published last.
+
+    Returns:
+        The batch, in key order.
+
+    Raises:
+        ValueError: If the keys of a group do not match, or a key comes twice.
+    """
+    scored: list[ScoredRollout] = []
+    for rollouts, rewards, reference in groups:
+        keys = tuple(rollout.key for rollout in rollouts)
+        if not keys == rewards.keys == reference.keys:
+            raise ValueError(f"rollouts, scores and reference log-probs have different keys in the group of {keys[0]}")
+        for place, rollout in enumerate(rollouts):
+            scored.append(
+                ScoredRollout(
+                    rollout=rollout,
+                    score=float(rewards.scores[place]),
+                    components={name: float(values[place]) for name, values in rewards.components.items()},
+                    gold={name: float(values[place]) for name, values in rewards.gold.items()},
+                    ref_logprobs=reference.logprobs[place],
+                )
+            )
+    # Sorted here, so that what is learned does not depend on how the groups were formed.
+    scored.sort(key=lambda item: item.rollout.key)
+    for first, second in pairwise(scored):
+        if first.rollout.key == second.rollout.key:
+            raise ValueError(f"rollout {first.rollout.key} comes twice in a batch")
+    return ScoredBatch(round=round, iteration=iteration, policy_version=policy_version, rollouts=tuple(scored))

@@ -1,0 +1,128 @@
+"""Publishing a policy: bounded buckets of bytes, and the manifest that proves them.
+
+Only one bucket's tensors are gathered at a time, so a publish never holds a second copy of the policy. Tied parameters
+are sent once, under the first of their names: an engine that ties them computes with that storage.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from learner.training import TrainingEngine
+from protocol.weights import (
+    ByteArray,
+    Canary,
+    TensorSlot,
+    TensorSpec,
+    WeightManifest,
+    bucket_sizes,
+    checksum,
+    digest,
+    plan_buckets,
+)
+
+_NETWORK_PREFIX = "network."
+_CANARY_TOKENS = 16
+_CANARY_SEED = 20_260_101
+
+
+def specs(engine: TrainingEngine, *, dtype: str) -> tuple[TensorSpec, ...]:
+    """Describe what is published, by the network's own names.
+
+    Args:
+        engine: Over a PolicyModel.
+        dtype: What the rollout engines compute with, as torch spells it: the bits that are sent are those that are
+            loaded.
+
+    Returns:
+        One description a parameter, tied ones once.
+    """
+    itemsize = getattr(torch, dtype).itemsize
+    return tuple(
+        TensorSpec(name=name.removeprefix(_NETWORK_PREFIX), shape=tuple(shape), dtype=dtype, itemsize=itemsize)
+        for name, shape in engine.parameter_shapes().items()
+    )
+
+
+def buckets(engine: TrainingEngine, slots: Sequence[TensorSlot]) -> Iterator[ByteArray]:
+    """Gather the policy bucket by bucket; all ranks must iterate to the end.
+
+    Args:
+        engine: Over a PolicyModel.
+        slots: The plan.
+
+    Yields:
+        Each bucket's bytes: on rank 0 in full, elsewhere empty.
+    """
+    for number, size in enumerate(bucket_sizes(slots)):
+        own = [slot for slot in slots if slot.bucket == number]
+        tensors = engine.gather([_NETWORK_PREFIX + slot.spec.name for slot in own])
+        if engine.context.rank != 0:
+            yield np.zeros(0, dtype=np.uint8)
+            continue
+        # Filled on the device, so that an accelerator hands a whole bucket over at once.
+        flat = torch.zeros(size, dtype=torch.uint8, device=engine.context.device)
+        for slot, tensor in zip(own, tensors.values(), strict=True):
+            part = flat[slot.offset : slot.offset + slot.spec.num_bytes]
+            part.view(getattr(torch, slot.spec.dtype)).copy_(tensor.reshape(-1))
+        yield flat.cpu().numpy()
+
+
+def publish(
+    engine: TrainingEngine, *, policy_version: int, bucket_bytes: int, dtype: str
+) -> Iterator[ByteArray | WeightManifest]:
+    """Publish the policy; all ranks must iterate to the end.
+
+    Args:
+        engine: Over a PolicyModel.
+        policy_version: The number of the new version.
+        bucket_bytes: The bound on a bucket.
+        dtype: As in `specs`.
+
+    Yields:
+        On rank 0 the buckets in order, then the manifest; elsewhere nothing.
+    """
+    slots = plan_buckets(specs(engine, dtype=dtype), bucket_bytes=bucket_bytes)
+    digests: list[str] = []
+    total = 0
+    first = engine.context.rank == 0
+    for number, bucket in enumerate(buckets(engine, slots)):
+        if first:
+            digests.append(digest(bucket))
+            total += checksum(_parts(bucket, [slot for slot in slots if slot.bucket == number]))
+            yield bucket
+    canary = sing(engine)
+    if first:
+        yield WeightManifest(
+            policy_version=policy_version,
+            slots=slots,
+            bucket_bytes=bucket_sizes(slots),
+            bucket_digests=tuple(digests),
+            loaded_checksum=total % 2**64,
+            canary=canary,
+        )
+
+
+def sing(engine: TrainingEngine) -> Canary:
+    """Compute the canary: the policy's log-probs, at temperature 1, of a fixed sequence of tokens; on all ranks.
+
+    Args:
+        engine: Over a PolicyModel.
+
+    Returns:
+        The tokens, drawn once from the vocabulary, and the log-probs of all but the first.
+    """
+    policy: Any = engine.module
+    vocabulary = policy.network.config.get_text_config().vocab_size
+    token_ids = np.random.default_rng(_CANARY_SEED).integers(0, vocabulary, size=_CANARY_TOKENS).tolist()
+    input_ids = torch.tensor([token_ids], device=engine.context.device)
+    positions = torch.arange(_CANARY_TOKENS, device=engine.context.device)
+    logprobs, _ = engine.evaluate(input_ids, positions[None], positions[:-1], input_ids[0, 1:], temperature=1.0)
+    return Canary(token_ids=tuple(token_ids), logprobs=tuple(logprobs.tolist()))
+
+
+def _parts(bucket: ByteArray, slots: Sequence[TensorSlot]) -> Iterator[tuple[ByteArray, int]]:
+    for slot in slots:
+        yield bucket[slot.offset : slot.offset + slot.spec.num_bytes], slot.spec.itemsize

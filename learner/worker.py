@@ -1,0 +1,184 @@
+"""The Ray process of one learner rank.
+
+Learning, publishing and saving share one thread; `status` has a concurrency group of its own and answers meanwhile. A
+rank never restarts alone: when one fails the whole group is started again from the last checkpoint.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import ray
+
+from configs.run import RunConfig
+from protocol.messages import RolloutKey, SampleText, UpdateReport
+from protocol.weights import ByteArray, WeightManifest
+
+if TYPE_CHECKING:
+    import socket
+
+    from learner.rank import Rank
+
+CONTROL_GROUP = "control"
+
+GroupReferences = tuple[Sequence[Any], Any, Any]
+"""References to a group's rollouts, to its RewardScores and to its ReferenceLogprobs."""
+
+
+class LearnerRank:
+    """One rank behind Ray: fetches what is passed by reference and hands it to the rank."""
+
+    def __init__(self, *, rank: int, world_size: int, config: RunConfig, run_directory: Path) -> None:
+        """Take a place among the ranks.
+
+        Args:
+            rank: This one.
+            world_size: All of them.
+            config: The run's configuration.
+            run_directory: Of the run.
+        """
+        self._number = rank
+        self._world_size = world_size
+        self._config = config
+        self._run_directory = Path(run_directory)
+        self._listener: socket.socket | None = None
+        self._rank: Rank | None = None
+        self._doing = "starting"
+
+    def address(self) -> tuple[str, int]:
+        """Open the meeting place of the ranks (rank 0 only).
+
+        Returns:
+            Address and port; the loopback address where all nodes are this machine.
+        """
+        from learner.distributed import LOOPBACK, listen
+
+        hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        self._listener = listen(LOOPBACK if len(hosts) == 1 else ray.util.get_node_ip_address())
+        address, port = self._listener.getsockname()
+        return address, port
+
+    def connect(self, address: str, port: int) -> None:
+        """Join the other ranks.
+
+        Args:
+            address: What rank 0's `address` returned.
+            port: Likewise.
+        """
+        # The driver imports this module to describe the actor; torch and DeepSpeed take seconds.
+        from learner.distributed import init_distributed
+        from learner.rank import Rank
+
+        context = init_distributed(
+            rank=self._number,
+            world_size=self._world_size,
+            address=address,
+            port=port,
+            listener=self._listener,
+            timeout_s=self._config.cluster.deadlines.learn_s,
+        )
+        self._rank = Rank(context, config=self._config, run_directory=self._run_directory)
+        self._doing = "idle"
+
+    def train_sft(self, output: Path) -> dict[str, Any]:
+        """Fine-tune the policy on demonstrations; rank 0 writes it to `output`."""
+        return self._do("sft").train_sft(output=output)
+
+    def train_reward_model(self, *, policy: Path, output: Path) -> dict[str, Any]:
+        """Train a reward model on comparisons; rank 0 writes it to `output`."""
+        return self._do("reward model").train_reward_model(policy=policy, output=output)
+
+    def start_rl(self, *, policy: Path, reward_model: Path | None) -> None:
+        """Build the engines of policy and critic."""
+        self._do("start").start_rl(policy=policy, reward_model=reward_model)
+
+    def update(self, groups: Sequence[GroupReferences], *, round: int, iteration: int) -> UpdateReport:
+        """Learn from scored groups, fetched in key order.
+
+        Raises:
+            ray.exceptions.GetTimeoutError: If a reference does not come within `cluster.deadlines.score_s`.
+            NonFiniteError: If a number is not finite.
+        """
+        rank = self._do("update")
+        flat = [ref for rollouts, rewards, reference in groups for ref in (*rollouts, rewards, reference)]
+        found = iter(ray.get(flat, timeout=self._config.cluster.deadlines.score_s))
+        fetched = [([next(found) for _ in rollouts], next(found), next(found)) for rollouts, _, _ in groups]
+        return rank.update(fetched, round=round, iteration=iteration)
+
+    def publish(self, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
+        """Yield the buckets of a new version and then its manifest, on rank 0; nothing elsewhere."""
+        yield from self._do("publish").publish(policy_version)
+
+    def samples(self, keys: Sequence[RolloutKey]) -> tuple[SampleText, ...]:
+        """Decode a few responses of the last batch."""
+        return self._do("samples").samples(keys)
+
+    def write_rollouts(self, path: Path) -> None:
+        """Write the last batch as Parquet."""
+        self._do("rollouts").write_rollouts(path)
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's part of the state."""
+        self._do("save").save(directory)
+
+    def load(self, directory: Path) -> None:
+        """Restore this rank's part of the state; the files must have been verified."""
+        self._do("load").load(directory)
+
+    def export(self, directory: Path, *, card: dict[str, Any]) -> None:
+        """Write the policy as a plain Hugging Face directory."""
+        self._do("export").export(directory, card=card)
+
+    @ray.method(concurrency_group=CONTROL_GROUP)
+    def status(self) -> dict[str, Any]:
+        """Say what this rank was last asked to do, and how far it is."""
+        return {
+            "rank": self._number,
+            "doing": self._doing,
+            "progress": {} if self._rank is None else self._rank.progress,
+            "policy_version": None if self._rank is None else self._rank.policy_version,
+            "pid": os.getpid(),
+            "node_id": ray.get_runtime_context().get_node_id(),
+            "resident_bytes": psutil.Process().memory_info().rss,
+        }
+
+    def _do(self, what: str) -> "Rank":
+        if self._rank is None:
+            raise RuntimeError("connect comes first")
+        self._doing = what
+        return self._rank
+
+
+def environment(config: RunConfig) -> dict[str, str]:
+    """List the variables that a learner process needs before it imports torch.
+
+    Args:
+        config: The run's configuration.
+
+    Returns:
+        Names and values, for a Ray `runtime_env` or a subprocess.
+    """
+    threads = str(config.learner.threads_per_worker)
+    variables = {
+        "DS_ACCELERATOR": config.cluster.backend,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        # torch says at every collective of DeepSpeed's that its name will change.
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
+    if config.cluster.backend == "cpu":
+        # gloo looks the host's name up otherwise, and listens where that leads.
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    return variables
+
+
+def remote_class() -> Any:
+    """Wrap the rank for Ray; it is the group that decides what happens after a failure."""
+    wrap: Any = ray.remote(concurrency_groups={CONTROL_GROUP: 1}, max_restarts=0, max_task_retries=0)
+    return wrap(LearnerRank)
