@@ -36,6 +36,8 @@ def environment(config: RolloutConfig, backend: Backend) -> dict[str, str]:
         variables |= {
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
+            # Threads that spin while they wait for each other stand still for milliseconds when a core is shared.
+            "OMP_WAIT_POLICY": "PASSIVE",
             # Threads are not pinned: several workers share the cores, and pinned ones would meet on the first.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             # Otherwise the first request waits 4 to 20 s for the log-prob gather to be compiled.

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from actors import worker as rollout_worker
 from cluster import placement, run_directory
+from cluster.evaluation import write_json
 from cluster.learner_group import LearnerGroup
 from cluster.placement import Placement
 from cluster.pool import Handle
@@ -92,15 +94,19 @@ def _run(config: RunConfig, directory: RunDirectory, console: Console, *, verbos
 
 def connect(config: RunConfig, *, verbose: bool) -> None:
     """Join the configured cluster, the one this process runs in, or a new one on this machine alone."""
-    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": verbose}
+    level = logging.WARNING if verbose else logging.ERROR
+    quiet: dict[str, Any] = {"logging_level": level, "log_to_driver": verbose}
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         return
+    handler = signal.getsignal(signal.SIGTERM)
     if address:
         ray.init(address=address, **quiet)
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    else:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    # Ray puts a handler of its own in place that ends the process; the run would leave workers and files behind.
+    signal.signal(signal.SIGTERM, handler)
 
 
 class Builder:
@@ -110,6 +116,7 @@ class Builder:
         self._config = config
         self._directory = directory
         self._groups = groups
+        self._nodes: dict[str, str] = {}
 
     def learner(self) -> LearnerGroup:
         """Start the learner's ranks."""
@@ -124,7 +131,7 @@ class Builder:
             )
 
         group = LearnerGroup(config, make=make)
-        group.started()
+        self._nodes |= group.started()
         return group
 
     def pools(self) -> tuple[RolloutPool, ScoringPool]:
@@ -143,8 +150,8 @@ class Builder:
             make_reference=self._reference,
             replacements=config.cluster.worker_replacements,
         )
-        rollouts.started()
-        scoring.started()
+        self._nodes |= rollouts.started() | scoring.started()
+        write_json(self._directory.workers, self._nodes)
         return rollouts, scoring
 
     def _rollout(self, index: int, name: str) -> Handle:

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from cluster.pool import DeadlineError, Handle, cause_of, wait
+from cluster.pool import DeadlineError, Handle, cause_of, node_of, wait
 from configs.run import RunConfig
 from protocol.messages import RolloutKey, SampleText, UpdateReport
 from protocol.roles import Publication, ScoredReferences
@@ -25,11 +25,12 @@ class LearnerGroup:
         self._deadlines = config.cluster.deadlines
         self._ranks = [make(rank, f"learner-{rank}") for rank in range(config.learner.workers)]
 
-    def started(self) -> list[dict[str, Any]]:
-        """Connect the ranks to each other and wait until they are."""
+    def started(self) -> dict[str, str]:
+        """Connect the ranks to each other, wait until they are, and say on which node each rank is."""
         [(address, port)] = self._on([self._ranks[0]], "start", "address")
         self._on(self._ranks, "start", "connect", address, port)
-        return self._on(self._ranks, "start", "status")
+        states = self._on(self._ranks, "start", "status")
+        return {f"learner-{rank}": node_of(state) for rank, state in enumerate(states)}
 
     def train_sft(self, output: Path, *, progress: Progress) -> dict[str, Any]:
         """Fine-tune the policy on demonstrations; rank 0 writes it to `output`."""

@@ -67,6 +67,11 @@ def cause_of(error: RayTaskError) -> Exception:
     return error
 
 
+def node_of(status: Any) -> str:
+    """Read the node from a worker's status."""
+    return status["node_id"] if isinstance(status, dict) else status.node_id
+
+
 class Pool:
     """Interchangeable workers. The subclass says what they do; this says that they are there."""
 
@@ -82,11 +87,17 @@ class Pool:
         name = f"{self.role}-{index}{suffix}"
         return Member(index=index, name=name, handle=self._make(index, name))
 
-    def started(self, *, deadline_s: float) -> list[dict[str, Any]]:
-        """Wait until every worker has loaded its model, and return their states."""
+    def started(self, *, deadline_s: float) -> dict[str, str]:
+        """Wait until every worker has loaded its model.
+
+        Returns:
+            Worker name -> the id of its node.
+        """
         refs = [member.handle.status.remote() for member in self.members]
-        names = ", ".join(member.name for member in self.members)
-        return wait(refs, deadline_s=deadline_s, what=f"starting {names}", key="cluster.deadlines.start_s")
+        names = [member.name for member in self.members]
+        what = f"starting {', '.join(names)}"
+        states = wait(refs, deadline_s=deadline_s, what=what, key="cluster.deadlines.start_s")
+        return dict(zip(names, map(node_of, states), strict=True))
 
     def replace(self, member: Member, *, cause: BaseException) -> Member:
         """Put a new worker in a failed one's place.

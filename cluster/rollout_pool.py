@@ -35,8 +35,8 @@ class RolloutPool:
         self._pool = Pool(role="rollout", size=config.workers, make=make, replacements=replacements)
         self._publication: Publication | None = None
 
-    def started(self) -> list[dict[str, Any]]:
-        """Wait until every engine is ready."""
+    def started(self) -> dict[str, str]:
+        """Wait until every engine is ready, and say on which node each worker is."""
         return self._pool.started(deadline_s=self._deadlines.start_s)
 
     def generate(self, requests: Sequence[RolloutRequest], *, policy_version: int) -> Iterator[Finished]:

@@ -62,6 +62,11 @@ class RunDirectory:
         return self.root / "calibrations.json"
 
     @property
+    def workers(self) -> Path:
+        """Which node each worker was started on."""
+        return self.root / "workers.json"
+
+    @property
     def finished(self) -> Path:
         """Written when everything is done."""
         return self.root / "finished.json"

@@ -38,10 +38,10 @@ class ScoringPool:
         self._arrived: list[dict[RolloutKey, Finished]] = []
         self._sent: dict[int, tuple[Any, Any, Any]] = {}
 
-    def started(self) -> list[dict[str, Any]]:
-        """Wait until every model is loaded."""
+    def started(self) -> dict[str, str]:
+        """Wait until every model is loaded, and say on which node each worker is."""
         deadline = self._deadlines.start_s
-        return self.rewards.started(deadline_s=deadline) + self.references.started(deadline_s=deadline)
+        return self.rewards.started(deadline_s=deadline) | self.references.started(deadline_s=deadline)
 
     def begin(self, keys: Sequence[RolloutKey]) -> None:
         """Fix the groups of a batch."""

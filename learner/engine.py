@@ -149,11 +149,11 @@ class DeepSpeedEngine:
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote. The files are pickles: verify them first."""
-        path, state = self._engine.load_checkpoint(
-            str(directory), tag=_CHECKPOINT_TAG, load_lr_scheduler_states=False, load_module_strict=True
-        )
-        if path is None:
+        if not (directory / _CHECKPOINT_TAG).is_dir():
             raise ValueError(f"no checkpoint of the {self._name} in {directory}")
+        path, state = self._engine.load_checkpoint(str(directory), tag=_CHECKPOINT_TAG, load_lr_scheduler_states=False)
+        if path is None:
+            raise ValueError(f"DeepSpeed cannot read the checkpoint of the {self._name} in {directory}")
         self.num_steps = state["num_steps"]
 
     def close(self) -> None:

@@ -165,6 +165,8 @@ def environment(config: RunConfig) -> dict[str, str]:
         "DS_ACCELERATOR": config.cluster.backend,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
+        # Threads that spin while they wait for each other stand still for milliseconds when a core is shared.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -1,5 +1,6 @@
 """The Ray processes of the scoring pool: reward workers and reference workers, scaled apart."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -154,6 +155,8 @@ class RewardWorker:
             "uncalibrated": [name for name in names if self._find_calibration(name) is None],
             "num_responses": self._num_responses,
             "busy_s": self._busy_s,
+            "pid": os.getpid(),
+            "node_id": ray.get_runtime_context().get_node_id(),
         }
 
     def _load_model(self, path: str) -> RewardModel:
@@ -272,6 +275,8 @@ class ReferenceWorker:
             "models": {"reference": self._model.path},
             "num_responses": self._num_responses,
             "busy_s": self._busy_s,
+            "pid": os.getpid(),
+            "node_id": ray.get_runtime_context().get_node_id(),
         }
 
 
@@ -285,7 +290,15 @@ def environment(config: RunConfig) -> dict[str, str]:
         Name -> value.
     """
     threads = str(config.scoring.threads_per_worker)
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        # Threads that spin while they wait for each other stand still for milliseconds when a core is shared.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
 
 
 _OPTIONS: dict[str, Any] = {"concurrency_groups": {"control": 1}, "max_restarts": 0, "max_task_retries": 0}

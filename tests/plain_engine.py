@@ -1,4 +1,4 @@
-"""A training engine without DeepSpeed: one process, plain PyTorch. The yardstick that the real engine is held against."""
+"""A training engine without DeepSpeed, one process of plain PyTorch: the yardstick of the real engine."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -97,11 +97,11 @@ def test_each_response_streams_as_a_description_and_the_rollout(worker: Any):
     references = list(stream(worker, make_requests(6), policy_version=0))
     items = ray.get(references, timeout=TIMEOUT_S)
     assert len(items) == 12
-    for meta, rollout in zip(items[::2], items[1::2], strict=True):
+    for rollout, meta in zip(items[::2], items[1::2], strict=True):
         assert isinstance(rollout, Rollout)
         assert meta == RolloutMeta.of(rollout)
         assert (rollout.worker, rollout.policy_versions) == ("rollout-0", (0, 0))
-    assert sorted(meta.key for meta in items[::2]) == [request.key for request in make_requests(6)]
+    assert sorted(meta.key for meta in items[1::2]) == [request.key for request in make_requests(6)]
 
 
 def test_status_answers_while_responses_are_sampled(worker: Any):
@@ -109,7 +109,7 @@ def test_status_answers_while_responses_are_sampled(worker: Any):
     running = stream(worker, make_requests(32, max_response_tokens=480), policy_version=0)
     first = ray.get(next(running), timeout=TIMEOUT_S)
     seen = status(worker)
-    assert isinstance(first, RolloutMeta)
+    assert isinstance(first, Rollout)
     assert (seen.name, seen.state, seen.policy_version) == ("rollout-0", "serving", 0)
     assert seen.node_id == ray.get_runtime_context().get_node_id()
     assert 100e6 < seen.resident_bytes < 4e9

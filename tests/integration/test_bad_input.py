@@ -1,0 +1,80 @@
+"""Bad input ends within seconds: the right exit code, one clear message, no traceback, nothing half written."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_train import rondo
+from tests.tiny import tiny_llama
+from tests.tiny_run import tiny_overrides
+
+
+def refused(tmp_path: Path, *overrides: str, code: int = 2, within_s: float = 60) -> str:
+    """Run a tiny configuration that must be refused, and return the message."""
+    runs = tmp_path / "runs"
+    started = time.monotonic()
+    done = rondo("train", "quickstart", *tiny_overrides(runs, *overrides))
+    assert time.monotonic() - started < within_s
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.count("error:") == 1
+    for leftover in ("policies", "reward_models", "checkpoints", "metrics.jsonl"):
+        assert not (runs / "tiny" / leftover).exists() or code == 1
+    return done.stderr
+
+
+def test_configuration_mistakes_leave_no_directory(tmp_path: Path) -> None:
+    assert "did you mean workers?" in refused(tmp_path, "rollout.worker=1", within_s=10)
+    assert "valid integer" in refused(tmp_path, "rollout.workers=many", within_s=10)
+    assert "do not divide" in refused(tmp_path, "algorithm.minibatch_responses=7", within_s=10)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_more_workers_than_the_cluster_has(tmp_path: Path) -> None:
+    message = refused(tmp_path, "rollout.workers=400", "rollout.cpus_per_worker=1")
+    assert "needs 401 CPUs, the cluster has" in message
+    assert "lower rollout.workers" in message
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "no file"),
+        ([], "empty"),
+        ([{"question": "x"}], "column"),
+        ([{"prompt": "x"}, {"prompt": ""}], "line 2"),
+    ],
+    ids=["missing", "empty", "unknown columns", "a row without a prompt"],
+)
+def test_bad_prompt_files(tmp_path: Path, rows: list[dict[str, str]] | None, message: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    if rows is not None:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert message in refused(tmp_path, f"data.prompts.source={path}")
+
+
+def test_prompts_longer_than_the_context(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "how do i clean a pot ? " * 40}) + "\n")
+    message = refused(tmp_path, f"data.prompts.source={path}")
+    assert "rollout.max_prompt_tokens" in message
+
+
+def test_a_model_directory_without_tokenizer(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "model")
+    for path in (tmp_path / "model").glob("token*"):
+        path.unlink()
+    message = refused(tmp_path, f"models.policy={{path: {tmp_path / 'model'}}}")
+    assert "tokenizer" in message
+
+
+@pytest.mark.parametrize("kind", ["raises", "returns_nan"])
+def test_a_failing_reward_names_the_prompt_and_keeps_the_batch(tmp_path: Path, kind: str) -> None:
+    reward = f"{{kind: function, name: broken, path: 'tests.integration.broken_rewards:{kind}'}}"
+    message = refused(tmp_path, f"scoring.rewards=[{{kind: model}}, {reward}]", code=1, within_s=120)
+    assert "broken" in message
+    assert "heldout" in message or "prompt" in message
+    incidents = list((tmp_path / "runs" / "tiny" / "incidents").iterdir())
+    assert incidents

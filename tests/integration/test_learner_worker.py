@@ -1,0 +1,127 @@
+"""Two ranks as Ray actors: they connect, learn from references, publish, save, and come back as they were."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from configs.load import load
+from configs.run import RunConfig
+from learner.worker import environment, remote_class
+from protocol import metrics as names
+from protocol.messages import ReferenceLogprobs, RewardScores
+from protocol.weights import WeightManifest, digest
+from tests.learner_batches import scored_batch, tiny_critic
+from tests.tiny import tiny_llama
+from tests.tiny_run import tiny_overrides
+
+OVERRIDES = ("learner.workers=2", "learner.zero_stage=3", "learner.bucket_mib=0.1", "rollout.prompts_per_iteration=16")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("models")
+    critic = tiny_critic()
+    critic.network.config.rondo_calibration = {"gain": 2.0, "bias": 0.5}
+    critic.network.save_pretrained(root / "reward")
+    return tiny_llama(root / "policy"), root / "reward"
+
+
+def start(config: RunConfig, models: tuple[Path, Path], directory: Path) -> list[Any]:
+    make = remote_class().options(num_cpus=1, runtime_env={"env_vars": environment(config)})
+    ranks = [make.remote(rank=r, world_size=2, config=config, run_directory=directory) for r in range(2)]
+    address, port = ray.get(ranks[0].address.remote(), timeout=60)
+    assert address == "127.0.0.1"
+    ray.get([rank.connect.remote(address, port) for rank in ranks], timeout=60)
+    ray.get([rank.start_rl.remote(policy=models[0], reward_model=models[1]) for rank in ranks], timeout=60)
+    return ranks
+
+
+def groups_of(iteration: int) -> list[tuple[list[Any], Any, Any]]:
+    """Put a batch into the object store as the scoring pool leaves it: in groups, the second half first."""
+    rollouts = scored_batch(16, seed=iteration, iteration=iteration, policy_version=1).rollouts
+    found = []
+    for part in (rollouts[8:], rollouts[:8]):
+        keys = tuple(scored.rollout.key for scored in part)
+        scores = np.array([scored.score for scored in part], dtype=np.float32)
+        rewards = RewardScores(keys=keys, scores=scores, components={"rm": scores}, gold={}, busy_s=0.0)
+        reference = ReferenceLogprobs(keys=keys, logprobs=tuple(scored.ref_logprobs for scored in part))
+        found.append(([ray.put(scored.rollout) for scored in part], ray.put(rewards), ray.put(reference)))
+    return found
+
+
+def learn(ranks: list[Any], iteration: int) -> Any:
+    groups = groups_of(iteration)
+    reports = ray.get([r.update.remote(groups, round=1, iteration=iteration) for r in ranks], timeout=120)
+    assert reports[0] == reports[1]
+    return reports[0]
+
+
+def publish(ranks: list[Any], version: int) -> tuple[list[Any], WeightManifest]:
+    streams = [rank.publish.remote(version) for rank in ranks]
+    first, second = ([ray.get(ref, timeout=60) for ref in stream] for stream in streams)
+    assert not second
+    return first[:-1], first[-1]
+
+
+def test_two_ranks_learn_publish_and_resume(cluster: None, models: tuple[Path, Path], tmp_path: Path) -> None:
+    config = load("quickstart", tiny_overrides(tmp_path, *OVERRIDES))
+    ranks = start(config, models, tmp_path)
+    before, manifest = publish(ranks, 1)
+    assert manifest.bucket_digests == tuple(digest(bucket) for bucket in before)
+
+    report = learn(ranks, 0)
+    assert report.metrics[names.POLICY_FIRST_RATIO_GAP] < 1e-4
+    after, manifest = publish(ranks, 2)
+    assert len(after) == len(before) > 2
+    assert any(not np.array_equal(old, new) for old, new in zip(before, after, strict=True))
+
+    keys = list(report.kl_nats_per_sequence)[:2]
+    samples = ray.get(ranks[0].samples.remote(keys), timeout=60)
+    assert [sample.key for sample in samples] == keys
+    assert samples[0].prompt == "prompt 0"
+    ray.get(ranks[0].write_rollouts.remote(tmp_path / "rollouts.parquet"), timeout=60)
+    assert (tmp_path / "rollouts.parquet").exists()
+    status = ray.get(ranks[1].status.remote(), timeout=60)
+    assert (status["rank"], status["policy_version"]) == (1, 2)
+
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    ray.get([rank.save.remote(checkpoint) for rank in ranks], timeout=60)
+    expected = learn(ranks, 1), publish(ranks, 3)[1]
+    for rank in ranks:
+        ray.kill(rank, no_restart=True)
+    ranks = start(config, models, tmp_path)
+    ray.get([rank.load.remote(checkpoint) for rank in ranks], timeout=60)
+    assert ray.get(ranks[0].status.remote(), timeout=60)["policy_version"] == 2
+    assert (learn(ranks, 1), publish(ranks, 3)[1]) == expected
+    for rank in ranks:
+        ray.kill(rank, no_restart=True)
+
+
+def test_a_batch_that_cannot_be_learned_from_is_kept(cluster: None, models: tuple[Path, Path], tmp_path: Path) -> None:
+    config = load("quickstart", tiny_overrides(tmp_path, *OVERRIDES))
+    ranks = start(config, models, tmp_path)
+    groups = groups_of(0)
+    rewards = ray.get(groups[0][1])
+    scores = rewards.scores.copy()
+    scores[3] = np.nan
+    broken = RewardScores(keys=rewards.keys, scores=scores, components={}, gold={}, busy_s=0.0)
+    groups[0] = (groups[0][0], ray.put(broken), groups[0][2])
+    refs = [rank.update.remote(groups, round=1, iteration=0) for rank in ranks]
+    for ref in refs:
+        with pytest.raises(RuntimeError, match=r"score is not finite at rollout r1/i0/p0011#0"):
+            ray.get(ref, timeout=60)
+    assert (tmp_path / "incidents" / "nonfinite-r001-i000000.parquet").exists()
+    for rank in ranks:
+        ray.kill(rank, no_restart=True)

@@ -1,0 +1,191 @@
+"""What each rank process of test_zero_stages does: every ZeRO stage in turn, on the same data, with findings as a file.
+
+python -m tests.integration.zero_ranks RANK WORLD_SIZE PORT_FILE OUTPUT_DIRECTORY
+"""
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+from torch import Tensor
+
+from configs.algorithm import KLControllerConfig, PPOConfig
+from configs.learner import LearnerConfig, OptimizerConfig
+from learner import checkpoint, weight_sender
+from learner.distributed import LOOPBACK, init_distributed, listen
+from learner.engine import DeepSpeedEngine
+from learner.experience import PassSettings, evaluate, flatten, passes
+from learner.training import NonFiniteError, RankContext, TrainingEngine
+from learner.update import Updater, UpdateSettings
+from protocol.weights import WeightManifest
+from tests.learner_batches import scored_batch, tiny_critic, tiny_policy
+
+HIDDEN = 128
+"""Wide enough that ZeRO 3 really shards: smaller matrices stay whole on every rank."""
+RATE = OptimizerConfig(learning_rate=3e-4)
+ALGORITHM = PPOConfig(
+    minibatch_responses=6, num_epochs=2, kl_controller=KLControllerConfig(kind="adaptive", horizon_episodes=100)
+)
+PASSES = PassSettings(temperature=0.8, token_budget=70, layout="sorted", pad_id=0)
+SETTINGS = UpdateSettings(algorithm=ALGORITHM, passes=PASSES, max_response_tokens=24, run_seed=5)
+
+
+def make_updater(context: RankContext, **settings: Any) -> Updater:
+    config = LearnerConfig(**settings)
+    precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    policy, critic = tiny_policy(hidden=HIDDEN).to(precision), tiny_critic(hidden=HIDDEN).to(precision)
+    common: dict[str, Any] = {"optimizer": RATE, "settings": config, "context": context}
+    return Updater(
+        policy=DeepSpeedEngine(policy, name="policy", **common),
+        critic=DeepSpeedEngine(critic, name="critic", **common),
+        settings=SETTINGS,
+    )
+
+
+def close(updater: Updater) -> None:
+    updater.policy.close()
+    updater.critic.close()
+
+
+def accumulate(engine: TrainingEngine, *, poison_rank: int | None = None) -> None:
+    """Add up a gradient with weights that are fixed for each token, and differ between tokens."""
+    responses = flatten(scored_batch(), device=engine.context.device)
+    weights = torch.sin(torch.arange(responses.num_tokens, dtype=torch.float32)) / responses.num_tokens
+    own = list(passes(responses, list(range(len(responses.keys))), settings=PASSES, engine=engine))
+    for number, (m, index, _) in enumerate(own):
+        logprobs, _ = engine.forward(m.input_ids, m.position_ids, m.predict_index, m.target_ids)
+        loss = (logprobs * weights[index]).sum()
+        if poison_rank == engine.context.rank:
+            loss = loss * torch.nan
+        engine.backward(loss, last=number == len(own) - 1)
+
+
+def full_weights(engine: TrainingEngine) -> Tensor:
+    found = engine.gather(list(engine.parameter_shapes()))
+    return torch.cat([tensor.flatten().float().clone() for tensor in found.values()])
+
+
+def gradient_and_updates(context: RankContext, stage: int, directory: Path) -> dict[str, Any]:
+    """Find the gradient of one step, the metrics of three updates, and whether a checkpoint continues them."""
+    updater = make_updater(context, zero_stage=stage)
+    accumulate(updater.policy)
+    gradient = torch.cat([g.flatten() for g in updater.policy.full_gradient().values()])
+    close(updater)
+
+    updater = make_updater(context, zero_stage=stage)
+    reports = [updater.update(scored_batch(seed=i, iteration=i)) for i in range(2)]
+    assert updater.controller is not None
+    state = checkpoint.LearnerState(policy_version=4, kl_controller=updater.controller.state_dict())
+    part = directory / f"checkpoint-{context.world_size}-{stage}"
+    checkpoint.save(part, engines={"policy": updater.policy, "critic": updater.critic}, state=state)
+    reports.append(updater.update(scored_batch(seed=2, iteration=2)))
+    last = full_weights(updater.policy)
+    published = publication(updater.policy)
+    close(updater)
+
+    resumed = make_updater(context, zero_stage=stage)
+    assert resumed.controller is not None
+    found = checkpoint.load(part, engines={"policy": resumed.policy, "critic": resumed.critic})
+    assert found == state
+    resumed.controller.load_state_dict(found.kl_controller or {})
+    report = resumed.update(scored_batch(seed=2, iteration=2))
+    same = report == reports[-1] and torch.equal(full_weights(resumed.policy), last)
+    close(resumed)
+    return {
+        "gradient": gradient,
+        "metrics": [dict(report.metrics) for report in reports],
+        "weights": last,
+        "resumes_bit_for_bit": same,
+        "published_equals_weights": published,
+    }
+
+
+def publication(engine: TrainingEngine) -> bool | None:
+    """Compare the published buckets with the full parameters; other ranks than the first must yield nothing."""
+    found = list(weight_sender.publish(engine, policy_version=1, bucket_bytes=50_000, dtype="float32"))
+    everything = full_weights(engine)
+    if engine.context.rank != 0:
+        assert not found
+        return None
+    manifest = found.pop()
+    assert isinstance(manifest, WeightManifest)
+    assert len(found) > 3
+    parts = [
+        torch.from_numpy(found[slot.bucket][slot.offset : slot.offset + slot.spec.num_bytes]).view(torch.float32)
+        for slot in manifest.slots
+    ]
+    return torch.equal(torch.cat(parts), everything)
+
+
+def guards(context: RankContext, stage: int, precision: str) -> dict[str, bool]:
+    """Poison the last rank's loss: skipping must leave no trace on any rank, stopping must stop all of them."""
+    skipping = make_updater(context, zero_stage=stage, precision=precision, on_nonfinite="skip").policy
+    accumulate(skipping)
+    first = skipping.step()
+    before = full_weights(skipping)
+    accumulate(skipping, poison_rank=context.world_size - 1)
+    skipped = skipping.step()
+    untouched = torch.equal(full_weights(skipping), before)
+    accumulate(skipping)
+    after = skipping.step()
+
+    stopping = make_updater(context, zero_stage=stage, precision=precision).policy
+    accumulate(stopping, poison_rank=context.world_size - 1)
+    try:
+        stopping.step()
+        stopped = False
+    except NonFiniteError:
+        stopped = True
+    return {
+        "applied_before": first.applied,
+        "skipped": not skipped.applied,
+        "untouched": untouched,
+        "applied_after": after.applied and not torch.equal(full_weights(skipping), before),
+        "stopped": stopped,
+    }
+
+
+def evaluations_agree(context: RankContext) -> bool:
+    """Check that the assembled log-probs are the same on every rank."""
+    updater = make_updater(context, zero_stage=2)
+    responses = flatten(scored_batch(), device=context.device)
+    opinions = evaluate(responses, policy=updater.policy, critic=updater.critic, settings=PASSES)
+    together = torch.cat([opinions.old_logprobs, opinions.values, opinions.final_values])
+    total = updater.policy.all_reduce_sum(together.clone())
+    return torch.equal(total, together * context.world_size)
+
+
+def main() -> None:
+    """Do everything and write what was found."""
+    rank, world_size, port_file, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    listener: socket.socket | None = None
+    if rank == 0:
+        listener = listen(LOOPBACK)
+        staging = port_file.with_suffix(".tmp")
+        staging.write_text(str(listener.getsockname()[1]))
+        staging.rename(port_file)
+    while not port_file.exists():
+        time.sleep(0.05)
+    port = int(port_file.read_text())
+    context = init_distributed(
+        rank=rank, world_size=world_size, address=LOOPBACK, port=port, listener=listener, timeout_s=60
+    )
+    findings: dict[str, Any] = {"stages": [gradient_and_updates(context, stage, directory) for stage in range(4)]}
+    if world_size > 1:
+        findings["guards"] = {
+            (stage, precision): guards(context, stage, precision)
+            for stage, precision in ((0, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16"))
+        }
+        findings["evaluations_agree"] = evaluations_agree(context)
+    torch.save(findings, directory / f"findings-{world_size}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
