@@ -64,8 +64,10 @@ class VLLMEngine:
         # What vLLM's kernels cannot compute (heads of 16 dimensions on a CPU, say) shows in the first step only.
         self.canary_logprobs([eos, eos])
 
-    def generate(self, requests: Sequence[RolloutRequest], *, policy_version: int, worker: str) -> Iterator[Rollout]:
-        """Yield each rollout the moment it is finished.
+    def generate(
+        self, requests: Sequence[RolloutRequest], *, policy_version: int, worker: str
+    ) -> Iterator[tuple[Rollout, ...]]:
+        """Yield rollouts the moment they are finished: those of one step together.
 
         Args:
             requests: In key order; each has its own seed, so its tokens do not depend on the others.
@@ -87,14 +89,18 @@ class VLLMEngine:
                 plan = plan_sampling(self._config, request, eos_token_id=self.eos_token_id)
                 pending[self._add(request.prompt.token_ids.tolist(), _sampling_params(plan))] = request
             while pending:
-                for request_id, output in self._step():
-                    yield to_rollout(
+                finished = tuple(
+                    to_rollout(
                         pending.pop(request_id),
                         _engine_output(output.outputs[0]),
                         eos_token_id=self.eos_token_id,
                         policy_version=policy_version,
                         worker=worker,
                     )
+                    for request_id, output in self._step()
+                )
+                if finished:
+                    yield finished
         finally:
             # Somebody may have stopped listening; what is left must not be in the next batch's steps.
             if pending and not self._failed:

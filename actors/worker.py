@@ -65,15 +65,17 @@ class RolloutWorker:
         self._policy_version = policy_version
         self._state: WorkerState = "idle"
 
-    def generate(self, requests: Sequence[RolloutRequest], *, policy_version: int) -> Iterator[Rollout | RolloutMeta]:
-        """Sample responses; yield each rollout, then its description, the moment it is finished.
+    def generate(
+        self, requests: Sequence[RolloutRequest], *, policy_version: int
+    ) -> Iterator[tuple[Rollout, ...] | tuple[RolloutMeta, ...]]:
+        """Sample responses; yield what a step finished, then its description, at once.
 
         Args:
             requests: In key order.
             policy_version: The version that must sample them.
 
         Yields:
-            Rollout and RolloutMeta in turn.
+            Tuples of Rollouts and of RolloutMetas in turn.
 
         Raises:
             StaleWeightsError: If this worker cannot prove that it holds that version.
@@ -84,10 +86,10 @@ class RolloutWorker:
             raise StaleWeightsError(f"{self._name} was asked for policy version {policy_version} but {self._held()}")
         self._state = "serving"
         try:
-            for rollout in self._engine.generate(requests, policy_version=policy_version, worker=self._name):
+            for finished in self._engine.generate(requests, policy_version=policy_version, worker=self._name):
                 # The payload first: whoever has read a description can rely on what it describes.
-                yield rollout
-                yield RolloutMeta.of(rollout)
+                yield finished
+                yield tuple(RolloutMeta.of(rollout) for rollout in finished)
         except EngineFailedError as error:
             self._die(error)
         finally:

@@ -13,7 +13,7 @@ from cluster.pool import FAILURES, DeadlineError, Handle, Member, Pool, WorkersL
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
 from protocol.messages import RolloutMeta, RolloutRequest
-from protocol.roles import Finished, Publication
+from protocol.roles import Finished, Publication, RolloutRef
 from protocol.weights import VersionProof, WeightManifest
 
 _LOG = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ class RolloutPool:
             member = streams[stream]
             try:
                 # A stream alternates between a payload, which the driver only passes on, and what it may know of it.
-                payload = next(stream)
-                meta: RolloutMeta = ray.get(next(stream))
+                step = next(stream)
+                metas: tuple[RolloutMeta, ...] = ray.get(next(stream))
             except StopIteration:
                 del streams[stream]
                 continue
@@ -69,8 +69,9 @@ class RolloutPool:
                 continue
             except RayTaskError as error:
                 raise cause_of(error) from None
-            del owed[member.index][meta.key]
-            yield Finished(meta=meta, payload=payload)
+            for place, meta in enumerate(metas):
+                del owed[member.index][meta.key]
+                yield Finished(meta=meta, payload=RolloutRef(step=step, place=place))
         lost = [str(key) for share in owed.values() for key in share]
         if lost:
             raise RuntimeError(f"the rollout workers ended without {len(lost)} responses, the first: {lost[0]}")

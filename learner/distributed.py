@@ -52,7 +52,7 @@ def init_distributed(
     # An accelerator's process sees only its own device, so it is the first.
     os.environ["LOCAL_RANK"] = "0"
     timeout = datetime.timedelta(seconds=timeout_s)
-    store = torch.distributed.TCPStore(
+    store = torch.distributed.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         address,
         port,
         world_size,

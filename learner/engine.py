@@ -65,7 +65,8 @@ class DeepSpeedEngine:
             # DeepSpeed has fp32 master weights only with a ZeRO optimiser; stage 1 computes the same.
             self._stage = 1
         if settings.gradient_checkpointing:
-            module.enable_gradient_checkpointing()
+            network: Any = module
+            network.enable_gradient_checkpointing()
         module.train()
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         adamw = torch.optim.AdamW(
@@ -77,7 +78,8 @@ class DeepSpeedEngine:
         )
         num_elements = sum(shape.numel() for shape in self._shapes.values())
         config = _deepspeed_config(settings, stage=self._stage, context=context, num_elements=num_elements)
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config)
+        # Typed as Any: what the optimizer is, and what it is called, depends on the stage.
+        self._engine: Any = deepspeed.initialize(model=module, optimizer=adamw, config=config)[0]
         self._parameters = dict(self._engine.module.named_parameters())
 
     @property
@@ -137,9 +139,8 @@ class DeepSpeedEngine:
 
     def full_gradient(self) -> Mapping[str, Tensor]:
         """Collect the full gradient between the last `backward` and `step`."""
-        if self._stage == 0:
-            return {name: p.grad.detach().clone() for name, p in self._parameters.items()}
-        return {name: safe_get_full_grad(p).detach().clone() for name, p in self._parameters.items()}
+        read: Any = safe_get_full_grad if self._stage > 0 else lambda parameter: parameter.grad
+        return {name: read(p).detach().clone() for name, p in self._parameters.items()}
 
     def save(self, directory: Path) -> None:
         """Write this rank's part of the state."""

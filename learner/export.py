@@ -162,33 +162,33 @@ def store_calibration(
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Choose the padding token of a reward model.
+    """Choose the padding token of a model.
 
     A sequence classifier reads the last token that is not padding. Where padding is the end token, it would look past
-    the end of every finished response; any other token that no response ends in will do.
+    the end of every finished response; any token that no response ends in will do.
 
     Args:
         tokenizer: The policy's tokenizer.
 
     Returns:
-        A token id.
-
-    Raises:
-        ValueError: If the tokenizer offers none.
+        A token id other than the end token's.
     """
     end = tokenizer.eos_token_id
-    for token in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids):
+    # An ordinary token last, for tokenizers that have the end token alone (GPT-2's).
+    for token in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0):
         if token is not None and token != end:
             return int(token)
-    raise ValueError("the tokenizer has no special token besides its end token that could serve as padding")
+    return 1
 
 
 def _gathered(engine: TrainingEngine) -> dict[str, Tensor]:
     """Collect the weights by the network's names, one at a time; rank 0 keeps them, outside the accelerator."""
     keep = engine.context.rank == 0
     tensors: dict[str, Tensor] = {}
-    for name in engine.parameter_shapes():
+    for name, shape in engine.parameter_shapes().items():
         tensor = engine.gather([name])[name]
+        if tensor.shape != shape:  # a partition, or nothing: it would be written without a complaint
+            raise RuntimeError(f"gathering {name} gave {tuple(tensor.shape)} instead of {tuple(shape)}")
         if keep:
             tensors[name.removeprefix(_NETWORK_PREFIX)] = tensor.detach().to("cpu", copy=True)
     module: Any = engine.module
@@ -211,7 +211,7 @@ def _save(model: TrainedModel, tokenizer: Any, staging: Path, *, tensors: dict[s
 
 
 def _check_weights(directory: Path, *, num_elements: int) -> None:
-    """Count what was written: gathering too late leaves empty tensors, and no reader of the file would complain."""
+    """Count what was written, before anybody relies on it."""
     written = 0
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from configs.models import ScratchModelConfig
 from learner.batch import Layout
@@ -32,9 +32,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class TrainedModel(nn.Module):
     """What policy and scalar model have in common: a Hugging Face network, whose trunk and head run apart."""
 
-    def __init__(self, network: PreTrainedModel, head: nn.Module) -> None:
+    def __init__(self, network: PreTrainedModel, head: Any) -> None:
         super().__init__()
-        self.network = network
+        # Typed as Any: what a network's attributes are depends on its architecture.
+        self.network: Any = network
         # In a tuple, so that the head is registered once, inside the network.
         self._head = (head,)
 
@@ -150,6 +151,7 @@ def new_policy(scratch: ScratchModelConfig, tokenizer: PreTrainedTokenizerBase, 
             where="models.policy.scratch.vocab_size",
             next_step="raise models.policy.scratch.vocab_size",
         )
+    special: Any = tokenizer
     config = LlamaConfig(
         vocab_size=scratch.vocab_size,
         hidden_size=scratch.hidden_size,
@@ -159,9 +161,9 @@ def new_policy(scratch: ScratchModelConfig, tokenizer: PreTrainedTokenizerBase, 
         num_key_value_heads=scratch.num_kv_heads,
         max_position_embeddings=scratch.context_tokens,
         tie_word_embeddings=scratch.tie_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=special.bos_token_id,
+        eos_token_id=special.eos_token_id,
+        pad_token_id=special.pad_token_id,
     )
     config._attn_implementation = "sdpa"
     with torch.random.fork_rng(devices=[]):

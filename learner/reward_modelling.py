@@ -18,7 +18,7 @@ from configs.load import config_hash
 from configs.run import RunConfig
 from learner import batch
 from learner.batch import Layout, MicroBatch, TokenSequence
-from learner.export import export_reward_model
+from learner.export import export_reward_model, padding_id
 from learner.models import ScalarModel, load_scalar, scalar_from_policy
 from learner.ops.reward_model import pairwise_loss
 from learner.supervised_loop import (
@@ -30,7 +30,6 @@ from learner.supervised_loop import (
     encode_pair,
     layout_of,
     own_groups,
-    padding,
     run_steps,
     split_by_prompt,
     stage_seed,
@@ -155,7 +154,7 @@ def train_reward_model(
     task = ComparisonTask(
         elements,
         centering=settings.centering,
-        pad_id=padding(tokenizer),
+        pad_id=padding_id(tokenizer),
         layout=layout,
         device=context.device,
     )

@@ -12,7 +12,7 @@ from configs.load import config_hash
 from configs.run import RunConfig
 from learner import batch
 from learner.batch import Layout, TokenSequence
-from learner.export import export_policy, write_policy
+from learner.export import export_policy, padding_id, write_policy
 from learner.models import PolicyModel, load_policy, new_policy
 from learner.supervised_loop import (
     Forward,
@@ -23,7 +23,6 @@ from learner.supervised_loop import (
     encode_pair,
     evaluate_sums,
     layout_of,
-    padding,
     run_steps,
     shuffled_steps,
     split_by_prompt,
@@ -105,7 +104,7 @@ def train_sft(config: RunConfig, context: StageContext, *, output: Path, report:
     layout = layout_of(policy, config.learner)
     engine = context.make_engine(policy, optimizer=settings.optimizer, name="supervised policy", total_steps=len(steps))
     check_ranks_agree(engine, sequences)
-    task = DemonstrationTask(sequences, pad_id=padding(tokenizer), layout=layout, device=context.device)
+    task = DemonstrationTask(sequences, pad_id=padding_id(tokenizer), layout=layout, device=context.device)
     steps = [[train[index] for index in indices] for indices in steps]
     figures = run_steps(engine, task, steps, settings=config.learner, report=report)
     summary: dict[str, Any] = {

@@ -232,11 +232,6 @@ def context_tokens(model: TrainedModel) -> int | None:
     return getattr(model.network.config.get_text_config(), "max_position_embeddings", None)
 
 
-def padding(tokenizer: Any) -> int:
-    """Return a token id to pad with; what stands there reaches no loss."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
 def encode_pair(tokenizer: Any, prompt: Text, completion: Text) -> TokenSequence:
     """Encode a prompt and a response, apart, as they will be sampled.
 

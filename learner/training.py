@@ -208,4 +208,6 @@ def squared_norm(tensors: Iterator[Tensor] | Sequence[Tensor], *, device: torch.
     tensors = list(tensors)
     if not tensors:
         return torch.zeros((), device=device)
-    return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).to(device).square().sum()
+    # Private in name only: it is what torch.nn.utils.clip_grad_norm_ is made of.
+    norms = torch._foreach_norm(tensors, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack(norms).to(device).square().sum()

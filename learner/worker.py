@@ -14,6 +14,7 @@ import ray
 
 from configs.run import RunConfig
 from protocol.messages import RolloutKey, SampleText, UpdateReport
+from protocol.roles import RolloutRef, resolve
 from protocol.weights import ByteArray, WeightManifest
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 CONTROL_GROUP = "control"
 
-GroupReferences = tuple[Sequence[Any], Any, Any]
-"""References to a group's rollouts, to its RewardScores and to its ReferenceLogprobs."""
+GroupReferences = tuple[Sequence[RolloutRef], Any, Any]
+"""Where a group's rollouts lie, and references to its RewardScores and ReferenceLogprobs."""
 
 
 class LearnerRank:
@@ -102,9 +103,15 @@ class LearnerRank:
             NonFiniteError: If a number is not finite.
         """
         rank = self._do("update")
-        flat = [ref for rollouts, rewards, reference in groups for ref in (*rollouts, rewards, reference)]
-        found = iter(ray.get(flat, timeout=self._config.cluster.deadlines.score_s))
-        fetched = [([next(found) for _ in rollouts], next(found), next(found)) for rollouts, _, _ in groups]
+        timeout_s = self._config.cluster.deadlines.score_s
+        # One call fetches everything; rollouts that one engine step finished lie in one object.
+        steps = dict.fromkeys(ref.step for rollouts, _, _ in groups for ref in rollouts)
+        scores = [ref for _, rewards, reference in groups for ref in (rewards, reference)]
+        found = dict(zip([*steps, *scores], ray.get([*steps, *scores], timeout=timeout_s), strict=True))
+        fetched = [
+            (resolve(rollouts, lambda refs: [found[ref] for ref in refs]), found[rewards], found[reference])
+            for rollouts, rewards, reference in groups
+        ]
         return rank.update(fetched, round=round, iteration=iteration)
 
     def publish(self, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
@@ -182,5 +189,6 @@ def environment(config: RunConfig) -> dict[str, str]:
 
 def remote_class() -> Any:
     """Wrap the rank for Ray; it is the group that decides what happens after a failure."""
-    wrap: Any = ray.remote(concurrency_groups={CONTROL_GROUP: 1}, max_restarts=0, max_task_retries=0)
+    options: dict[str, Any] = {"concurrency_groups": {CONTROL_GROUP: 1}, "max_restarts": 0, "max_task_retries": 0}
+    wrap: Any = ray.remote(**options)
     return wrap(LearnerRank)

@@ -10,24 +10,47 @@
 Payloads are opaque references: the driver passes them on and never looks inside.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from protocol.messages import RolloutKey, RolloutMeta, RolloutRequest, SampleText, UpdateReport
+from protocol.messages import Rollout, RolloutKey, RolloutMeta, RolloutRequest, SampleText, UpdateReport
 from protocol.weights import VersionProof, WeightManifest
 
 Payload = Any
 """A reference to data that stays with the workers (a Ray object reference in a real run)."""
 
 
+class RolloutRef(NamedTuple):
+    """Where a rollout lies: among those that one step of an engine finished."""
+
+    step: Payload
+    """A reference to a tuple of Rollouts."""
+    place: int
+
+
+def resolve(refs: Sequence[RolloutRef], get: Callable[[list[Payload]], Sequence[Sequence[Rollout]]]) -> list[Rollout]:
+    """Fetch rollouts, each object once.
+
+    Args:
+        refs: Where they lie.
+        get: Fetches a list of references, in order.
+
+    Returns:
+        The rollouts, in the order of `refs`.
+    """
+    steps = list(dict.fromkeys(ref.step for ref in refs))
+    found = dict(zip(steps, get(steps), strict=True))
+    return [found[ref.step][ref.place] for ref in refs]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """One finished response: what the driver may know, and a reference to the Rollout."""
+    """One finished response: what the driver may know, and where the Rollout lies."""
 
     meta: RolloutMeta
-    payload: Payload
+    payload: RolloutRef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +58,7 @@ class ScoredGroup:
     """References to one group's rollouts, RewardScores and ReferenceLogprobs."""
 
     metas: tuple[RolloutMeta, ...]
-    rollouts: tuple[Payload, ...]
+    rollouts: tuple[RolloutRef, ...]
     rewards: Payload
     reference: Payload
 

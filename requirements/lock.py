@@ -1,7 +1,7 @@
 """Rewrites cpu.lock and gpu.lock from cpu.in and gpu.in: run it, read the diff, run the tests.
 
-    python requirements/lock.py cpu        (on Linux x86-64 with CPython 3.11; pip must see the CPU build of torch)
-    python requirements/lock.py gpu        (resolves anywhere; cannot be run without CUDA)
+python requirements/lock.py cpu        (on Linux x86-64 with CPython 3.11; pip must see the CPU build of torch)
+python requirements/lock.py gpu        (resolves anywhere; cannot be run without CUDA)
 """
 
 import json

@@ -14,14 +14,12 @@ from configs.run import RunConfig
 from configs.scoring import FunctionRewardConfig, ModelRewardConfig
 from protocol.errors import UserError
 from protocol.messages import FloatArray, ReferenceLogprobs, ReferenceSummary, RewardScores, Rollout
+from protocol.roles import RolloutRef, resolve
 from protocol.tokens import decode, load_tokenizer
 from reward_service.functions import FunctionReward, HTTPReward, TextBatch, TextReward, batch_saved_on_failure
 from reward_service.reference_model import ReferenceModel
 from reward_service.reward_model import RewardModel
 from reward_service.scoring import IDENTITY, Calibration, require_scores, total_scores
-
-RolloutRef = Any
-"""A Ray reference to a Rollout."""
 
 GOLD = "gold"
 
@@ -107,7 +105,7 @@ class RewardWorker:
         """Score a group of responses.
 
         Args:
-            rollout_refs: References to Rollouts.
+            rollout_refs: Where the Rollouts lie.
 
         Returns:
             Scores, components and gold, in the order given.
@@ -131,7 +129,7 @@ class RewardWorker:
         """Score a group without calibration, to find the calibration.
 
         Args:
-            rollout_refs: References to Rollouts of the reference policy.
+            rollout_refs: Where the Rollouts lie of the reference policy.
 
         Returns:
             Component name -> [B] raw scores, in the order given.
@@ -246,7 +244,7 @@ class ReferenceWorker:
         """Compute log-probs at the sampling temperature.
 
         Args:
-            rollout_refs: References to Rollouts.
+            rollout_refs: Where the Rollouts lie.
 
         Returns:
             What the driver may see, and for each response [T] log-probs, both in the order given.
@@ -296,6 +294,7 @@ def environment(config: RunConfig) -> dict[str, str]:
         # Threads that spin while they wait for each other stand still for milliseconds when a core is shared.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
@@ -316,7 +315,7 @@ def reference_worker_class() -> Any:
 
 def fetch(rollout_refs: Sequence[RolloutRef], *, timeout_s: float) -> list[Rollout]:
     """Get a group's rollouts from the object store, waiting at most `timeout_s` seconds."""
-    return ray.get(list(rollout_refs), timeout=timeout_s)
+    return resolve(rollout_refs, lambda steps: ray.get(steps, timeout=timeout_s))
 
 
 def _device(config: RunConfig) -> str:

@@ -63,7 +63,7 @@ def test_packed_equals_sorted_in_bf16() -> None:
 def test_bf16_is_near_fp32() -> None:
     exact = run("sorted", dtype=torch.float32, device=CUDA)
     rounded = run("sorted", dtype=torch.bfloat16, device=CUDA)
-    assert (exact[0] - rounded[0]).abs().mean() < 0.05
+    assert (exact[0] - rounded[0]).abs().mean() < 0.1
     assert torch.isfinite(rounded[1]).all()
     assert torch.nn.functional.cosine_similarity(exact[1], rounded[1], dim=0) > 0.99
 

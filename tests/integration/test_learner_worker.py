@@ -13,6 +13,7 @@ from configs.run import RunConfig
 from learner.worker import environment, remote_class
 from protocol import metrics as names
 from protocol.messages import ReferenceLogprobs, RewardScores
+from protocol.roles import RolloutRef
 from protocol.weights import WeightManifest, digest
 from tests.learner_batches import scored_batch, tiny_critic
 from tests.tiny import tiny_llama
@@ -56,7 +57,9 @@ def groups_of(iteration: int) -> list[tuple[list[Any], Any, Any]]:
         scores = np.array([scored.score for scored in part], dtype=np.float32)
         rewards = RewardScores(keys=keys, scores=scores, components={"rm": scores}, gold={}, busy_s=0.0)
         reference = ReferenceLogprobs(keys=keys, logprobs=tuple(scored.ref_logprobs for scored in part))
-        found.append(([ray.put(scored.rollout) for scored in part], ray.put(rewards), ray.put(reference)))
+        found.append(
+            ([RolloutRef(ray.put((scored.rollout,)), 0) for scored in part], ray.put(rewards), ray.put(reference))
+        )
     return found
 
 

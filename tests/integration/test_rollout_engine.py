@@ -48,13 +48,14 @@ def in_child_build(directory: str, config: RolloutConfig) -> None:
 
 
 def in_child_generate(directory: str, config: RolloutConfig, requests: Sequence[RolloutRequest]) -> list[Rollout]:
-    return list(in_child_engine(directory, config).generate(requests, policy_version=3, worker="rollout-0"))
+    steps = in_child_engine(directory, config).generate(requests, policy_version=3, worker="rollout-0")
+    return [rollout for finished in steps for rollout in finished]
 
 
 def in_child_first(directory: str, config: RolloutConfig, requests: Sequence[RolloutRequest]) -> tuple[Rollout, str]:
     engine = in_child_engine(directory, config)
     responses = engine.generate(requests, policy_version=3, worker="rollout-0")
-    first = next(responses)
+    first = next(responses)[0]
     try:
         engine.canary_logprobs([5, 6, 7])
         refusal = ""

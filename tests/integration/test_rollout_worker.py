@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def stream(worker: Any, requests: list[RolloutRequest], *, policy_version: int) 
 def sample(worker: Any, requests: list[RolloutRequest], *, policy_version: int) -> dict[RolloutKey, list[int]]:
     # An error comes in the place of the next item, so all items are fetched.
     items = ray.get(list(stream(worker, requests, policy_version=policy_version)), timeout=TIMEOUT_S)
-    return {rollout.key: rollout.response_ids.tolist() for rollout in items[1::2]}
+    return {rollout.key: rollout.response_ids.tolist() for finished in items[::2] for rollout in finished}
 
 
 def status(worker: Any) -> WorkerStatus:
@@ -93,15 +94,15 @@ def published(directory: Path, *, policy_version: int) -> tuple[Any, list[ByteAr
     return tiny_publication(model, policy_version=policy_version)
 
 
-def test_each_response_streams_as_a_description_and_the_rollout(worker: Any):
-    references = list(stream(worker, make_requests(6), policy_version=0))
-    items = ray.get(references, timeout=TIMEOUT_S)
-    assert len(items) == 12
-    for rollout, meta in zip(items[::2], items[1::2], strict=True):
-        assert isinstance(rollout, Rollout)
-        assert meta == RolloutMeta.of(rollout)
-        assert (rollout.worker, rollout.policy_versions) == ("rollout-0", (0, 0))
-    assert sorted(meta.key for meta in items[1::2]) == [request.key for request in make_requests(6)]
+def test_responses_stream_step_by_step_with_their_descriptions(worker: Any):
+    requests = [replace(r, max_response_tokens=4 + 4 * place) for place, r in enumerate(make_requests(6))]
+    items = ray.get(list(stream(worker, requests, policy_version=0)), timeout=TIMEOUT_S)
+    for rollouts, metas in zip(items[::2], items[1::2], strict=True):
+        assert metas == tuple(RolloutMeta.of(rollout) for rollout in rollouts)
+        assert {(rollout.worker, rollout.policy_versions) for rollout in rollouts} == {("rollout-0", (0, 0))}
+    keys = [meta.key for metas in items[1::2] for meta in metas]
+    assert sorted(keys) == [request.key for request in requests]
+    assert len(items) > 2, "all responses came in one step: nothing was streamed"
 
 
 def test_status_answers_while_responses_are_sampled(worker: Any):
@@ -109,11 +110,12 @@ def test_status_answers_while_responses_are_sampled(worker: Any):
     running = stream(worker, make_requests(32, max_response_tokens=480), policy_version=0)
     first = ray.get(next(running), timeout=TIMEOUT_S)
     seen = status(worker)
-    assert isinstance(first, Rollout)
+    assert all(isinstance(rollout, Rollout) for rollout in first)
     assert (seen.name, seen.state, seen.policy_version) == ("rollout-0", "serving", 0)
     assert seen.node_id == ray.get_runtime_context().get_node_id()
     assert 100e6 < seen.resident_bytes < 4e9
-    assert 1 + sum(1 for _ in running) == 64
+    rest = ray.get(list(running), timeout=TIMEOUT_S)
+    assert len(first) + sum(len(step) for step in rest[1::2]) == 32
     assert status(worker).state == "idle"
 
 

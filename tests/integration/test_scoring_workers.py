@@ -20,6 +20,7 @@ from configs.run import RunConfig, RunSection
 from configs.scoring import FunctionRewardConfig, GoldConfig, ModelRewardConfig, ScoringConfig, TruncationConfig
 from protocol.errors import UserError
 from protocol.messages import PolicyVersions, Prompt, Rollout, RolloutKey
+from protocol.roles import RolloutRef
 from reward_service import scoring, worker
 from reward_service.reference_model import ReferenceModel
 from reward_service.reward_model import RewardModel
@@ -114,6 +115,12 @@ def start(config: RunConfig, policy: Path, tmp_path: Path, *, trained: Path | No
     )
 
 
+def put(rollouts: list[Rollout]) -> list[RolloutRef]:
+    """Put rollouts into the object store as an engine's steps leave them: a few together."""
+    steps = [ray.put(tuple(rollouts[start : start + 5])) for start in range(0, len(rollouts), 5)]
+    return [RolloutRef(steps[number // 5], number % 5) for number in range(len(rollouts))]
+
+
 def expected_logits(directory: Path, rollouts: list[Rollout]) -> np.ndarray:
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
     with torch.no_grad():
@@ -135,7 +142,7 @@ def test_scores_are_the_calibrated_logits(
         gold=GoldConfig(path=f"{HERE}:response_length", components={"again": f"{HERE}:response_length"}),
     )
     pool = start(config, policy, tmp_path, trained=reward_model)
-    refs = [ray.put(rollout) for rollout in rollouts]
+    refs = [RolloutRef(ray.put((rollout,)), 0) for rollout in rollouts]
     result = ray.get(pool.score.remote(refs), timeout=60)
 
     logits = expected_logits(reward_model, rollouts)
@@ -162,7 +169,7 @@ def test_scores_are_the_calibrated_logits(
 def test_reference_logprobs_are_those_of_transformers(policy: Path, rollouts: list[Rollout]) -> None:
     config = run_config(policy)
     pool = worker.reference_worker_class().remote(config=config, name="reference-0", path=policy)
-    refs = [ray.put(rollout) for rollout in rollouts]
+    refs = [RolloutRef(ray.put((rollout,)), 0) for rollout in rollouts]
     summary, logprobs = ray.get(list(pool.logprobs.remote(refs)), timeout=60)
     model = AutoModelForCausalLM.from_pretrained(policy).eval()
     assert summary.keys == logprobs.keys == tuple(rollout.key for rollout in rollouts)
@@ -184,7 +191,7 @@ def test_a_nan_reward_ends_the_group_and_saves_it(policy: Path, rollouts: list[R
     config = run_config(policy, rewards=[FunctionRewardConfig(name="odd", path=f"{HERE}:nan_on_third")])
     pool = start(config, policy, tmp_path)
     with pytest.raises(RayTaskError) as caught:
-        ray.get(pool.score.remote([ray.put(rollout) for rollout in rollouts[:6]]), timeout=60)
+        ray.get(pool.score.remote([RolloutRef(ray.put((rollout,)), 0) for rollout in rollouts[:6]]), timeout=60)
     error = caught.value.cause
     assert isinstance(error, scoring.RewardError)
     assert (error.component, error.key) == ("odd", rollouts[2].key)
@@ -205,7 +212,7 @@ def test_a_new_reward_model_is_calibrated_before_it_scores(
     ]
     fresh = write_reward_model(tmp_path / "fresh", policy, seed=3, calibrated=False)
     pool = start(run_config(policy, rewards=rewards), policy, tmp_path, trained=fresh)
-    refs = [ray.put(rollout) for rollout in rollouts]
+    refs = [RolloutRef(ray.put((rollout,)), 0) for rollout in rollouts]
     assert ray.get(pool.status.remote(), timeout=60)["uncalibrated"] == ["reward_model", "length"]
     with pytest.raises(RayTaskError) as caught:
         ray.get(pool.score.remote(refs), timeout=60)

@@ -1,0 +1,54 @@
+"""The validation of a reward model, against numbers by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from learner.validation import expected_calibration_error, validation_report
+
+
+def test_report_by_hand() -> None:
+    # Pairs: 3 over 1 (right), 0 over 2 (wrong), 2 over 2 (a tie).
+    scores = np.array([3.0, 1.0, 0.0, 2.0, 2.0])
+    found = validation_report(
+        scores,
+        better=np.array([0, 2, 3]),
+        worse=np.array([1, 3, 4]),
+        response_tokens=np.array([6, 2, 0, 4, 4]),
+    )
+    assert (found["num_pairs"], found["num_responses"]) == (3, 5)
+    assert found["accuracy"] == pytest.approx(1 / 3)
+    nll = (math.log1p(math.exp(-2)) + math.log1p(math.exp(2)) + math.log(2)) / 3
+    assert found["nll_nats"] == pytest.approx(nll)
+    assert found["length_correlation"] == pytest.approx(1.0)
+    assert found["score_mean"] == pytest.approx(1.6)
+    assert found["num_pairs_both_high"] == 0
+    assert found["accuracy_both_high"] is None
+
+
+def test_pairs_of_two_high_scores_are_told_apart() -> None:
+    scores = np.array([5.0, 4.0, 6.0, 7.0, 0.0, 0.0, 0.0, 0.0])
+    found = validation_report(
+        scores,
+        better=np.array([0, 2, 0]),
+        worse=np.array([1, 3, 4]),
+        response_tokens=np.ones(8, np.int64),
+    )
+    assert found["num_pairs_both_high"] == 2
+    assert found["accuracy_both_high"] == 0.5
+    assert found["length_correlation"] is None
+
+
+def test_a_model_that_is_as_sure_as_it_is_right_is_calibrated() -> None:
+    # Ten bins of 100: in each, the share of right pairs is the confidence, to 1/100.
+    gaps = []
+    for gap in np.linspace(0.1, 3, 10):
+        right = round(100 / (1 + math.exp(-gap)))
+        gaps += [gap] * right + [-gap] * (100 - right)
+    ece, bins = expected_calibration_error(np.array(gaps))
+    assert ece < 0.006
+    assert [b["num_pairs"] for b in bins] == [100] * 10
+    assert bins[0]["gap_mean"] == pytest.approx(0.1)
+    sure_and_wrong, _ = expected_calibration_error(np.full(50, -4.0))
+    assert sure_and_wrong == pytest.approx(1 / (1 + math.exp(-4)))
