@@ -171,5 +171,6 @@ def test_a_dead_engine_ends_the_process_and_leaves_the_cause(worker: Any):
     with pytest.raises(ray.exceptions.RayActorError):
         sample(worker, make_requests(2), policy_version=3)
     assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
-    logs = Path("/tmp/ray/session_latest/logs").glob(f"worker-*-{pid}.err")
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    logs = (session / "logs").glob(f"worker-*-{pid}.err")
     assert any("rollout-0 ends: its engine failed" in path.read_text() for path in logs)
