@@ -6,7 +6,7 @@ from time import monotonic
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.pool import DeadlineError, Handle, cause_of, node_of, wait
 from configs.run import RunConfig
@@ -110,7 +110,7 @@ class LearnerGroup:
 def _has_failed(ref: Any) -> bool:
     try:
         ray.get(ref)
-    except (RayTaskError, ray.exceptions.RayActorError):
+    except (RayTaskError, RayActorError):
         return True
     return False
 

@@ -53,12 +53,12 @@ class RolloutPool:
             if not ready:
                 waiting = "; ".join(f"{m.name} owes {len(owed[m.index])} responses" for m in streams.values())
                 raise DeadlineError(f"generating: not finished within cluster.deadlines.generate_s: {waiting}")
-            stream = ready[0]
+            stream: Any = ready[0]
             member = streams[stream]
             try:
                 # A stream alternates between a payload, which the driver only passes on, and what it may know of it.
                 step = next(stream)
-                metas: tuple[RolloutMeta, ...] = ray.get(next(stream))
+                metas: Sequence[RolloutMeta] = ray.get(next(stream))
             except StopIteration:
                 del streams[stream]
                 continue

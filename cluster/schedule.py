@@ -43,7 +43,8 @@ class RunState:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Read what `to_json` wrote."""
-        return cls(**{**values, "phase": Phase(values["phase"])})
+        numbers = {name: int(values[name]) for name in ("round", "iteration", "policy_version")}
+        return cls(phase=Phase(values["phase"]), **numbers)
 
 
 def after(state: RunState, config: RunConfig) -> RunState:

@@ -59,7 +59,7 @@ class TensorBoard:
     """TensorBoard scalars and samples."""
 
     def __init__(self, directory: Path) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._summary = Summary
@@ -67,7 +67,7 @@ class TensorBoard:
 
     def write(self, report: IterationReport) -> None:
         """Write every metric as a scalar."""
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in report.metrics.items()]
         event = Event(step=report.policy_version, summary=self._summary(value=values))

@@ -27,8 +27,8 @@ class ScratchModelConfig(Section):
             raise ValueError("num_heads must divide hidden_size, and num_kv_heads must divide num_heads")
         if self.hidden_size // self.num_heads < _MIN_HEAD_SIZE:
             raise ValueError(
-                f"hidden_size / num_heads = {self.hidden_size // self.num_heads}: the engine's CPU attention needs heads "
-                f"of {_MIN_HEAD_SIZE} or more"
+                f"hidden_size / num_heads = {self.hidden_size // self.num_heads}: the engine's CPU attention needs "
+                f"heads of {_MIN_HEAD_SIZE} or more"
             )
         return self
 

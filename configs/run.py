@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from configs.algorithm import AlgorithmConfig
+from configs.algorithm import AlgorithmConfig, PPOConfig
 from configs.base import NonNegativeInt, Section
 from configs.cluster import ClusterConfig
 from configs.data import DataConfig
@@ -96,6 +96,21 @@ class RunConfig(Section):
         names = [reward.name for reward in self.scoring.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"scoring.rewards has two rewards of one name: {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _controller_can_steer(self) -> Self:
+        algorithm = self.algorithm
+        if not isinstance(algorithm, PPOConfig) or algorithm.kl_controller.kind != "adaptive":
+            return self
+        if algorithm.kl_beta == 0:
+            raise ValueError("algorithm.kl_controller.kind = adaptive multiplies algorithm.kl_beta, which is 0")
+        responses, horizon = self.rollout.responses_per_iteration, algorithm.kl_controller.horizon_episodes
+        if responses >= 5 * horizon:
+            raise ValueError(
+                f"algorithm.kl_controller.horizon_episodes = {horizon} is too short for {responses} responses an "
+                "iteration: one update could take kl_beta to zero"
+            )
         return self
 
     @model_validator(mode="after")

@@ -14,11 +14,11 @@ HERE = Path(__file__).parent
 # cpu.lock goes in with --no-deps, after torch; these would bring CUDA builds that cannot load next to a CPU torch.
 LEFT_OUT = {"cpu": {"torch", "torchvision", "torchaudio", "torchcodec"}, "gpu": {"torch"}}
 HEADER = {
-    "cpu": "The complete CPU environment (CPython 3.11, Linux x86-64), hashes included. Made by requirements/lock.py.\n"
-    "# torch goes in first, on its own, with its dependencies: see requirements/torch.txt. torchvision, torchaudio and\n"
-    "# torchcodec are left out on purpose: text models need none of them, and what package indexes offer are CUDA\n"
-    "# builds, next to which a CPU torch cannot import transformers or vllm. Install with --no-deps, or they come back.",
-    "gpu": "The complete CUDA environment (CPython 3.11, Linux x86-64), hashes included. Made by requirements/lock.py.\n"
+    "cpu": "The complete CPU environment (CPython 3.11, Linux x86-64) with hashes. Made by requirements/lock.py.\n"
+    "# torch goes in first, on its own, with its dependencies: see requirements/torch.txt. torchvision, torchaudio\n"
+    "# and torchcodec are left out on purpose: text models need none of them, and what package indexes offer are\n"
+    "# CUDA builds, next to which a CPU torch cannot import transformers or vllm. Install with --no-deps.",
+    "gpu": "The complete CUDA environment (CPython 3.11, Linux x86-64) with hashes. Made by requirements/lock.py.\n"
     "# It resolves; it has not been run without a GPU. torch goes in first: see requirements/torch.txt.",
 }
 
