@@ -24,7 +24,7 @@ from cluster.run_directory import RunDirectory
 from cluster.schedule import RunState
 from cluster.scoring_pool import ScoringPool
 from cluster.stages import RunStages
-from cluster.tracking import MetricsFile, Sinks, TensorBoard, Terminal, evaluation_table
+from cluster.tracking import LinesFile, Sinks, TensorBoard, Terminal, evaluation_table, metrics_lines, samples_lines
 from configs.data import SourceConfig
 from configs.run import RunConfig
 from learner import worker as learner_worker
@@ -33,7 +33,6 @@ from protocol.messages import Prompt
 from reward_service import worker as scoring_worker
 
 _LOG = logging.getLogger(__name__)
-_SAMPLES_PERIOD = 10
 
 
 def train(config: RunConfig, console: Console, *, verbose: bool = False) -> RunDirectory:
@@ -230,8 +229,9 @@ def _check_sources(config: RunConfig) -> None:
 
 def _sinks(config: RunConfig, directory: RunDirectory, console: Console, *, done: int) -> Sinks:
     sinks: list[Any] = [
-        MetricsFile(directory.metrics, keep=done),
-        Terminal(console, num_iterations=config.rounds.iterations, samples_period=_SAMPLES_PERIOD),
+        LinesFile(directory.metrics, keep=done, lines=metrics_lines),
+        LinesFile(directory.samples, keep=done, lines=samples_lines),
+        Terminal(console, num_iterations=config.rounds.iterations, samples_period=config.tracking.samples_shown_period),
     ]
     if config.tracking.tensorboard:
         sinks.append(TensorBoard(directory.tensorboard))

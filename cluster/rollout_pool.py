@@ -35,6 +35,11 @@ class RolloutPool:
         self._pool = Pool(role="rollout", size=config.workers, make=make, replacements=replacements)
         self._publication: Publication | None = None
 
+    @property
+    def members(self) -> list[Member]:
+        """The workers that fill the pool's places now."""
+        return self._pool.members
+
     def started(self) -> dict[str, str]:
         """Wait until every engine is ready, and say on which node each worker is."""
         return self._pool.started(deadline_s=self._deadlines.start_s)
@@ -98,8 +103,13 @@ class RolloutPool:
         """Judge a worker's proof; a worker without a good one is fenced, refreshed, and replaced if that fails."""
         try:
             return self._judged(member, ref, publication.manifest)
-        except (*FAILURES, StaleProofError, RayTaskError, DeadlineError) as error:
-            _LOG.warning("%s could not prove version %d: %s", member.name, publication.manifest.policy_version, error)
+        except Exception as error:  # noqa: BLE001 - the supervision boundary: whatever it was, it is no proof
+            _LOG.warning(
+                "%s is fenced, it could not prove version %d: %s",
+                member.name,
+                publication.manifest.policy_version,
+                _first_line(error),
+            )
             return self._refreshed(member, publication, error)
 
     def _judged(self, member: Member, ref: Any, manifest: WeightManifest) -> VersionProof:
@@ -113,7 +123,7 @@ class RolloutPool:
         if not isinstance(first, (*FAILURES, DeadlineError)):
             try:
                 return self._judged(member, self._load(member.handle, publication), publication.manifest)
-            except (*FAILURES, StaleProofError, RayTaskError, DeadlineError) as error:
+            except Exception as error:  # noqa: BLE001 - likewise
                 first = error
         fresh = self._pool.replace(member, cause=first)
         return self._judged(fresh, self._load(fresh.handle, publication), publication.manifest)

@@ -27,6 +27,11 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """A few decoded responses of each iteration, one JSON object an iteration."""
+        return self.root / "samples.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard's event files."""
         return self.root / "tensorboard"

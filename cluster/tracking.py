@@ -3,7 +3,8 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -30,29 +31,41 @@ class Sink(Protocol):
         ...
 
 
-class MetricsFile:
-    """metrics.jsonl: one flat JSON object an iteration."""
+class LinesFile:
+    """A file of one JSON object an iteration, on disk before the next iteration begins."""
 
-    def __init__(self, path: Path, *, keep: int) -> None:
-        """Open the file; lines beyond the first `keep` belong to iterations that a resume will repeat."""
+    def __init__(self, path: Path, *, keep: int, lines: Callable[[IterationReport], Mapping[str, Any]]) -> None:
+        """Open the file; what is beyond the first `keep` lines belongs to iterations that a resume repeats."""
+        self._lines = lines
         if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            if len(lines) > keep:
-                _LOG.warning("%s: %d lines after the checkpoint are taken off", path, len(lines) - keep)
+            there = path.read_text().splitlines(keepends=True)
+            if len(there) > keep:
+                _LOG.warning("%s: %d lines after the checkpoint are taken off", path, len(there) - keep)
                 temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(lines[:keep]))
+                temporary.write_text("".join(there[:keep]))
                 temporary.replace(path)
         self._file = path.open("a")
 
     def write(self, report: IterationReport) -> None:
-        """Append one line and hand it to the operating system."""
-        self._file.write(json.dumps({name: report.metrics[name] for name in sorted(report.metrics)}) + "\n")
+        """Append one line and see it to the disk."""
+        self._file.write(json.dumps(self._lines(report)) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def metrics_lines(report: IterationReport) -> dict[str, float]:
+    """Lay out an iteration for metrics.jsonl: flat, in the order of names."""
+    return {name: report.metrics[name] for name in sorted(report.metrics)}
+
+
+def samples_lines(report: IterationReport) -> dict[str, Any]:
+    """Lay out an iteration's decoded responses for samples.jsonl."""
+    samples = [{**asdict(sample), "key": str(sample.key)} for sample in report.samples]
+    return {"policy_version": report.policy_version, "samples": samples}
 
 
 class TensorBoard:

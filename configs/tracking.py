@@ -1,6 +1,6 @@
 """What is recorded, and where."""
 
-from configs.base import NonNegativeInt, Section
+from configs.base import NonNegativeInt, PositiveInt, Section
 
 
 class TrackingConfig(Section):
@@ -8,6 +8,8 @@ class TrackingConfig(Section):
 
     tensorboard: bool = True
     samples_per_iteration: NonNegativeInt = 3
-    """Decoded responses shown after each iteration, with score, KL and reward."""
+    """Decoded responses kept in samples.jsonl for each iteration, with score, KL and reward."""
+    samples_shown_period: PositiveInt = 1
+    """Print them on the terminal every so many iterations."""
     save_rollouts: bool = True
     """Write each iteration's rollouts as Parquet."""

@@ -1,0 +1,117 @@
+"""The rollout pool over real workers: fenced, refreshed, replaced, and no response lost or doubled."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import LlamaForCausalLM
+
+from actors import worker as rollout_worker
+from cluster.pool import WorkersLostError
+from cluster.rollout_pool import RolloutPool
+from configs.cluster import DeadlinesConfig
+from configs.rollout import RolloutConfig
+from protocol.messages import Prompt, RolloutKey, RolloutRequest
+from protocol.roles import Publication
+from tests.tiny import tiny_llama, tiny_publication
+
+CONFIG = RolloutConfig(workers=2, max_prompt_tokens=32, max_response_tokens=96, max_concurrent_sequences=16)
+
+
+def make_requests(count: int) -> list[RolloutRequest]:
+    prompt = Prompt(prompt_id="p", token_ids=np.array([5, 6, 7], dtype=np.int32), text="p")
+    keys = [RolloutKey(1, 0, "p", sample) for sample in range(count)]
+    return [
+        RolloutRequest(key=key, prompt=prompt, seed=key.seed(0), max_response_tokens=8 + 8 * (key.sample % 11))
+        for key in keys
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    tiny_llama(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def publication(model: Path, version: int) -> Publication:
+    network = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    manifest, buckets = tiny_publication(network, policy_version=version)
+    return Publication(manifest=manifest, buckets=tuple(ray.put(bucket) for bucket in buckets))
+
+
+@pytest.fixture
+def pool(cluster: None, model: Path) -> Iterator[RolloutPool]:
+    environment = {"env_vars": rollout_worker.environment(CONFIG, "cpu")}
+
+    def make(index: int, name: str) -> Any:
+        remote = rollout_worker.remote_class().options(num_cpus=0.5, runtime_env=environment)
+        return remote.remote(name=name, model_path=str(model), config=CONFIG, backend="cpu", policy_version=0)
+
+    made = RolloutPool(CONFIG, DeadlinesConfig(), make=make, replacements=1)
+    made.started()
+    yield made
+    made.stop()
+
+
+def test_a_worker_lost_while_serving_is_replaced_and_nothing_is_lost_or_doubled(
+    pool: RolloutPool, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool.load(publication(model, 1))
+    requests = make_requests(40)
+    expected = {
+        f.meta.key: ray.get(f.payload.step)[f.payload.place].response_ids.tolist()
+        for f in pool.generate(requests, policy_version=1)
+    }
+    assert len(expected) == 40
+
+    seen = {}
+    with caplog.at_level(logging.WARNING):
+        for finished in pool.generate(requests, policy_version=1):
+            if not seen:
+                ray.kill(pool.members[1].handle, no_restart=True)
+            assert finished.meta.key not in seen
+            seen[finished.meta.key] = ray.get(finished.payload.step)[finished.payload.place].response_ids.tolist()
+    assert seen == expected
+    assert "rollout-1 is lost" in caplog.text
+
+    ray.kill(pool.members[0].handle, no_restart=True)
+    with pytest.raises(WorkersLostError, match=r"cluster\.worker_replacements is used up"):
+        list(pool.generate(requests, policy_version=1))
+
+
+def test_a_worker_without_proof_is_fenced_refreshed_and_readmitted(
+    pool: RolloutPool, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail_once(worker: Any) -> None:
+        # The next load leaves one weight as it was, as a lost message would.
+        engine = worker._engine
+        real = engine.load
+
+        def load(manifest: Any, fetch: Any) -> None:
+            real(manifest, fetch)
+            engine.load = real
+            runner = engine._engine.model_executor.driver_worker.worker.model_runner
+            next(iter(runner.model.parameters())).data.view(-1)[0] += 1.0
+
+        engine.load = load
+
+    ray.get(pool.members[0].handle.__ray_call__.remote(fail_once))
+    with caplog.at_level(logging.WARNING):
+        proofs = pool.load(publication(model, 1))
+    assert "rollout-0 is fenced, it could not prove version 1" in caplog.text
+    assert [proof.worker for proof in proofs] == ["rollout-0", "rollout-1"]
+    assert all(proof.canary_gap_max < 1e-4 for proof in proofs)
+    assert len(list(pool.generate(make_requests(6), policy_version=1))) == 6
