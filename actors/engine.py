@@ -151,17 +151,6 @@ class VLLMEngine:
             raise
         self._engine.reset_prefix_cache()
 
-    def join_broadcast(self, init: dict[str, Any]) -> None:
-        """Join the learner's NCCL group (`weight_receiver.broadcast_init`). Not run on a CPU."""
-        self._engine.collective_rpc("init_weight_transfer_engine", args=(init,))
-
-    def load_broadcast(self, manifest: WeightManifest) -> None:
-        """Replace the weights with those that the learner broadcasts meanwhile. Not run on a CPU."""
-        self._engine.collective_rpc("start_weight_update")
-        self._update(weight_receiver.broadcast_update(manifest))
-        self._engine.collective_rpc("finish_weight_update")
-        self._engine.reset_prefix_cache()
-
     def checksum(self) -> int:
         """Sum the bit patterns of the parameters that are computed with, each storage once."""
         return sum(self._engine.collective_rpc(weight_receiver.parameter_checksum)) % 2**64
@@ -216,7 +205,7 @@ def _cache_bytes(vllm_config: VllmConfig, config: RolloutConfig) -> int:
 
 def _engine_args(model_path: str, config: RolloutConfig, backend: Backend) -> EngineArgs:
     context = context_tokens(config)
-    transfer = weight_receiver.OBJECT_STORE if config.weight_transfer == "object_store" else weight_receiver.BROADCAST
+    transfer = weight_receiver.OBJECT_STORE
     return EngineArgs(
         model=model_path,
         dtype=config.dtype,

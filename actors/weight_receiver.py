@@ -2,7 +2,7 @@
 
 `ObjectStoreReceiver` takes one bucket of bytes at a time, as the manifest's slots describe it, and hands the tensors to
 the model's own loader, which concatenates, pads and shards them. It is registered with vLLM under the name
-`rondo_object_store`. `BROADCAST` names vLLM's own NCCL engine for accelerators; its wiring here has not been run.
+`rondo_object_store`.
 
 On a CPU vLLM repacks the weights of linear layers for oneDNN and drops the originals. What is then computed with can
 neither be summed nor be told apart from stale copies: a tied head that was not sent by name keeps its old packed copy
@@ -34,7 +34,6 @@ from actors.errors import WeightMismatchError
 from protocol.weights import ByteArray, TensorSlot, WeightManifest, checksum, digest
 
 OBJECT_STORE = "rondo_object_store"
-BROADCAST = "nccl"
 VISIBLE_WEIGHTS = "rondo_visible_weights"
 
 
@@ -157,27 +156,6 @@ def parameter_checksum(worker: Any) -> int:
     parallelism the ranks' sums add up to the whole: what every rank holds in full counts on the first one.
     """
     return checksum(_parameter_bytes(worker.get_model(), rank=worker.rank))
-
-
-def broadcast_init(*, master_address: str, master_port: int, rank_offset: int, world_size: int) -> dict[str, Any]:
-    """Describe the NCCL group that the learner's rank 0 and all engines' ranks form. Not run on a CPU."""
-    return {
-        "master_address": master_address,
-        "master_port": master_port,
-        "rank_offset": rank_offset,
-        "world_size": world_size,
-        "packed": True,
-    }
-
-
-def broadcast_update(manifest: WeightManifest) -> dict[str, Any]:
-    """Describe the tensors that the learner is about to broadcast, in order. Not run on a CPU."""
-    specs = [slot.spec for slot in manifest.slots]
-    return {
-        "names": [spec.name for spec in specs],
-        "dtype_names": [spec.dtype for spec in specs],
-        "shapes": [list(spec.shape) for spec in specs],
-    }
 
 
 def _tensors(update: BucketUpdate) -> Iterator[tuple[str, Tensor]]:

@@ -102,7 +102,7 @@ class RolloutWorker:
 
         Args:
             manifest: What was published.
-            buckets: An object reference a bucket; none when the learner broadcasts.
+            buckets: An object reference a bucket.
             timeout_s: How long to wait for any one bucket.
 
         Returns:
@@ -133,10 +133,6 @@ class RolloutWorker:
             seconds=perf_counter() - started,
         )
 
-    def join_broadcast(self, init: dict[str, Any]) -> None:
-        """Join the learner's NCCL group (`rollout.weight_transfer=nccl`). Not run on a CPU."""
-        self._engine.join_broadcast(init)
-
     @ray.method(concurrency_group=CONTROL_GROUP)
     def status(self) -> WorkerStatus:
         """Say what this worker is doing, also while it is doing it."""
@@ -150,9 +146,6 @@ class RolloutWorker:
         )
 
     def _receive(self, manifest: WeightManifest, buckets: Sequence[Any], *, timeout_s: float) -> None:
-        if self._config.weight_transfer == "nccl":
-            self._engine.load_broadcast(manifest)
-            return
         if len(buckets) != len(manifest.bucket_digests):
             raise WeightMismatchError(f"{len(manifest.bucket_digests)} buckets were published, {len(buckets)} came")
 

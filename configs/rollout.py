@@ -41,6 +41,7 @@ class RolloutConfig(Section):
     enforce_eager: bool = True
 
     weight_transfer: Literal["object_store", "nccl"] = "object_store"
+    """How published weights travel. `nccl` is refused for now; docs/adr/0004 says why."""
     logprob_gap_bound: NonNegativeFloat = 1e-3
     """Largest allowed gap, in nats, between the engine's and the learner's log-prob of the canary's tokens after a
     publish. bfloat16 needs about 0.1."""
