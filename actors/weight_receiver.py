@@ -31,7 +31,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.errors import WeightMismatchError
-from protocol.weights import ByteArray, TensorSlot, WeightManifest, checksum, digest
+from protocol.weights import ByteArray, TensorSlot, checksum, digest
 
 OBJECT_STORE = "rondo_object_store"
 VISIBLE_WEIGHTS = "rondo_visible_weights"

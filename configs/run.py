@@ -117,10 +117,8 @@ class RunConfig(Section):
     def _backend_can_do_it(self) -> Self:
         if self.rollout.weight_transfer == "nccl":
             raise ValueError(
-                "rollout.weight_transfer = nccl is not available in this version; use object_store, which works on every "
-                "backend"
+                "rollout.weight_transfer = nccl is not available in this version; object_store works on every backend"
             )
-        if self.cluster.backend == "cpu":
-            if self.rollout.tensor_parallel > 1:
-                raise ValueError("rollout.tensor_parallel > 1 needs cluster.backend = cuda")
+        if self.cluster.backend == "cpu" and self.rollout.tensor_parallel > 1:
+            raise ValueError("rollout.tensor_parallel > 1 needs cluster.backend = cuda")
         return self
