@@ -12,7 +12,6 @@ from configs.run import RunConfig
 from protocol import metrics as names
 from protocol.messages import IterationReport, Prompt, UpdateReport
 from protocol.roles import Learner, RolloutPool, ScoredReferences, ScoringPool
-from protocol.weights import VersionProof
 
 
 class Prompts(Protocol):
@@ -68,7 +67,12 @@ def iterate(roles: Roles, config: RunConfig, state: RunState) -> IterationReport
     return IterationReport(
         **place,
         policy_version=state.policy_version + 1,
-        metrics=_metrics(state, batch, update, proofs, seconds, num_prompts=len(prompts)),
+        metrics=_metrics(state, batch, update, seconds)
+        | {
+            names.COUNTER_PROMPTS: len(prompts),
+            names.SYNC_BYTES: publication.manifest.num_bytes,
+            names.SYNC_CANARY_GAP: max(proof.canary_gap_max for proof in proofs),
+        },
         samples=roles.learner.samples(batch, keys=shown, report=update),
     )
 
@@ -93,13 +97,7 @@ class Clock:
 
 
 def _metrics(
-    state: RunState,
-    batch: ScoredReferences,
-    update: UpdateReport,
-    proofs: tuple[VersionProof, ...],
-    seconds: dict[str, float],
-    *,
-    num_prompts: int,
+    state: RunState, batch: ScoredReferences, update: UpdateReport, seconds: dict[str, float]
 ) -> dict[str, float]:
     """Put one iteration into numbers."""
     metas = batch.metas
@@ -109,7 +107,6 @@ def _metrics(
         names.COUNTER_ROUND: state.round,
         names.COUNTER_ITERATION: state.iteration,
         names.COUNTER_POLICY_VERSION: state.policy_version + 1,
-        names.COUNTER_PROMPTS: num_prompts,
         names.COUNTER_RESPONSE_TOKENS: tokens,
         names.ROLLOUT_TOKENS_MEAN: tokens / len(metas),
         names.ROLLOUT_TRUNCATED: truncated / len(metas),
@@ -118,6 +115,5 @@ def _metrics(
         **batch.summary.busy_s,
         **update.metrics,
         names.SYNC_SECONDS: seconds[names.TIME_PUBLISH],
-        names.SYNC_CANARY_GAP: max(proof.canary_gap_max for proof in proofs),
         **seconds,
     }

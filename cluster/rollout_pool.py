@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayTaskError
@@ -13,7 +13,7 @@ from cluster.pool import FAILURES, DeadlineError, Handle, Member, Pool, WorkersL
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
 from protocol.messages import RolloutMeta, RolloutRequest
-from protocol.roles import Finished, Publication, RolloutRef
+from protocol.roles import Finished, Payload, Publication, RolloutRef
 from protocol.weights import VersionProof, WeightManifest
 
 _LOG = logging.getLogger(__name__)
@@ -61,12 +61,7 @@ class RolloutPool:
             stream: Any = ready[0]
             member = streams[stream]
             try:
-                # A stream alternates between a payload, which the driver only passes on, and what it may know of it.
-                step = next(stream)
-                metas: Sequence[RolloutMeta] = ray.get(next(stream))
-            except StopIteration:
-                del streams[stream]
-                continue
+                taken = _take(stream)
             except FAILURES as error:
                 del streams[stream]
                 fresh = self._replace(member, error)
@@ -74,9 +69,12 @@ class RolloutPool:
                 continue
             except RayTaskError as error:
                 raise cause_of(error) from None
-            for place, meta in enumerate(metas):
+            if taken is None:
+                del streams[stream]
+                continue
+            for place, meta in enumerate(taken.metas):
                 del owed[member.index][meta.key]
-                yield Finished(meta=meta, payload=RolloutRef(step=step, place=place))
+                yield Finished(meta=meta, payload=RolloutRef(step=taken.payload, place=place))
         lost = [str(key) for share in owed.values() for key in share]
         if lost:
             raise RuntimeError(f"the rollout workers ended without {len(lost)} responses, the first: {lost[0]}")
@@ -136,6 +134,33 @@ class RolloutPool:
             raise WorkersLostError(f"{member.name} was lost before the first publish: {_first_line(error)}") from error
         self._judged(fresh, self._load(fresh.handle, self._publication), self._publication.manifest)
         return fresh
+
+
+class _Step(NamedTuple):
+    """What one engine step finished."""
+
+    payload: Payload
+    metas: Sequence[RolloutMeta]
+
+
+def _take(stream: Any) -> _Step | None:
+    """Read one step from a worker's stream: a payload, which is only passed on, and what the driver may know of it.
+
+    Returns:
+        The step, or None at the end of the stream.
+
+    Raises:
+        Exception: What the worker raised or died of; it comes in the place of an item and ends the stream.
+    """
+    try:
+        payload = next(stream)
+    except StopIteration:
+        return None
+    try:
+        return _Step(payload, ray.get(next(stream)))
+    except StopIteration:
+        ray.get(payload)
+        raise RuntimeError("a rollout worker's stream ended between a payload and its description") from None
 
 
 class StaleProofError(RuntimeError):
