@@ -96,7 +96,7 @@ def figures(run_directory: Path, *, algorithm: str, seed: int) -> dict[str, Any]
         "win_rate": after["win_rate"],
         "win_rate_ci95": after["win_rate_ci95"],
         "logprob_gap_max": max(line["sync/logprob_gap_max"] for line in lines),
-        "first_ratio_gap_max": max(line["policy/first_minibatch_ratio_gap_max"] for line in lines),
+        "first_ratio_gap_max": max(line.get("policy/first_minibatch_ratio_gap_max", 0.0) for line in lines),
         "first_clip_fraction_max": max(line.get("policy/first_minibatch_clip_fraction", 0.0) for line in lines),
         "stage_sum_error_max": max(
             abs(1 - sum(line[f"time/{s}"] for s in ("generate", "score", "learn", "publish")) / line["time/iteration"])

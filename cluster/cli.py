@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for room in ("actors", "cluster", "configs", "learner", "protocol", "reward_service"):
         logging.getLogger(room).setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     sys.exit(_guarded(lambda: app(argv, standalone_mode=False), traceback=traceback))
 
 
@@ -67,7 +68,7 @@ def _guarded(run: Callable[[], object], *, traceback: bool) -> int:
     except click.ClickException as error:
         error.show()
         return EXIT_USER
-    except (KeyboardInterrupt, click.Abort):
+    except (Stopped, KeyboardInterrupt, click.Abort):
         _console.print("\nstopped; the same command goes on from the last checkpoint", style="yellow")
         return EXIT_RESUMABLE
     except Exception as error:  # noqa: BLE001
@@ -86,8 +87,14 @@ def _error(message: str, error: BaseException, traceback: bool) -> None:
         stderr.print("(--traceback shows where it came from)", style="dim")
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class Stopped(BaseException):
+    """Somebody asked the run to stop. Not a KeyboardInterrupt, which Typer turns into an exit code of its own."""
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Unwind, so that workers are stopped and files closed; a second signal ends the process at once."""
+    signal.signal(signum, signal.SIG_DFL)
+    raise Stopped
 
 
 def _overrides(context: typer.Context) -> list[str]:

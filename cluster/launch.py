@@ -98,14 +98,15 @@ def connect(config: RunConfig, *, verbose: bool) -> None:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         return
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if address:
         ray.init(address=address, **quiet)
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-    # Ray puts a handler of its own in place that ends the process; the run would leave workers and files behind.
-    signal.signal(signal.SIGTERM, handler)
+    # Ray puts handlers of its own in place that end the process; the run would leave workers and files behind.
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 class Builder:

@@ -114,7 +114,8 @@ def test_the_exports_load_in_transformers_and_score_as_in_the_pool(trained: tupl
         ids = torch.tensor([[*row["prompt_ids"], *row["response_ids"]]])
         with torch.no_grad():
             logit = model(input_ids=ids).logits[0, 0].item()
-        assert row["component/reward_model"] == pytest.approx(logit * calibration["gain"] + calibration["bias"], abs=1e-4)
+        expected = logit * calibration["gain"] + calibration["bias"]
+        assert row["component/reward_model"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_two_runs_end_in_the_same_parameters_bit_for_bit(trained: tuple[Path, str], tmp_path: Path) -> None:
