@@ -11,7 +11,7 @@ import ray
 from rich.console import Console
 
 from actors import worker as rollout_worker
-from cluster import placement, run_directory
+from cluster import placement, preflight, run_directory
 from cluster.evaluation import write_json
 from cluster.learner_group import LearnerGroup
 from cluster.placement import Placement
@@ -29,6 +29,7 @@ from configs.data import SourceConfig
 from configs.run import RunConfig
 from learner import worker as learner_worker
 from protocol import datasets, tokens
+from protocol.errors import UserError
 from protocol.messages import Prompt
 from reward_service import worker as scoring_worker
 
@@ -59,17 +60,22 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False) -> RunD
             _run(config, directory, console, verbose=verbose)
         show_result(directory, console)
         return directory
+    except UserError:
+        # A mistake leaves nothing behind that would stand in the way of the corrected run.
+        run_directory.discard_untouched(directory)
+        raise
     finally:
         os.close(lock)
 
 
 def _run(config: RunConfig, directory: RunDirectory, console: Console, *, verbose: bool) -> None:
     progress = Progress(console)
+    if not directory.policy(0).exists():
+        preflight.check(config)
     connect(config, verbose=verbose)
     try:
         plans = placement.plan(config)
         placement.check(plans, placement.available_resources())
-        _check_sources(config)
         groups = Placement(plans, deadline_s=config.cluster.deadlines.placement_s)
         builder = Builder(config, directory, groups)
         stages = RunStages(
@@ -218,14 +224,6 @@ def _encoded(source: SourceConfig, tokenizer: Any, config: RunConfig, *, count: 
     if report.num_dropped:
         _LOG.warning("%s: %s", source.source, report.summary())
     return prompts
-
-
-def _check_sources(config: RunConfig) -> None:
-    """Read the first record of every data set, so that a wrong path ends the run now and not after an hour."""
-    data = config.data
-    for source in (data.prompts, data.eval_prompts, data.demonstrations, data.preferences):
-        if source is not None:
-            datasets.peek(source.source, split=source.split)
 
 
 def _sinks(config: RunConfig, directory: RunDirectory, console: Console, *, done: int) -> Sinks:

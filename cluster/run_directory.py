@@ -2,12 +2,15 @@
 
 import fcntl
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.load import ConfigError, config_hash, dump, load
 from configs.run import RunConfig
 from protocol.errors import UserError
+
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,12 @@ def check_same(directory: RunDirectory, config: RunConfig) -> None:
     )
 
 
+def discard_untouched(directory: RunDirectory) -> None:
+    """Remove a run's directory if nothing has been done in it."""
+    if {path.name for path in directory.root.iterdir()} <= {directory.config.name, _LOCK}:
+        shutil.rmtree(directory.root)
+
+
 def lock(directory: RunDirectory) -> int:
     """Keep a second driver out of the directory for as long as this process lives.
 
@@ -142,7 +151,7 @@ def lock(directory: RunDirectory) -> int:
     Raises:
         UserError: If another driver holds it.
     """
-    descriptor = os.open(directory.root / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
+    descriptor = os.open(directory.root / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

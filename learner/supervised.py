@@ -30,8 +30,8 @@ from learner.supervised_loop import (
 )
 from protocol.datasets import ReadReport, read_demonstrations
 from protocol.errors import UserError
-from protocol.records import DemonstrationRecord, Text
-from protocol.tokens import load_tokenizer, train_tokenizer
+from protocol.records import DemonstrationRecord
+from protocol.tokens import load_tokenizer, tokenizer_from
 
 
 class DemonstrationTask:
@@ -133,17 +133,12 @@ def _open(config: RunConfig, reading: ReadReport) -> tuple[Any, PolicyModel, lis
     if scratch is None:
         path = str(config.models.policy.path)
         return load_tokenizer(path), load_policy(path, precision=config.learner.precision), records
-    texts = (text for record in records for part in (record.prompt, record.completion) for text in _said(part))
-    tokenizer = train_tokenizer(texts, vocab_size=scratch.vocab_size, context_tokens=scratch.context_tokens)
+    tokenizer = tokenizer_from(records, vocab_size=scratch.vocab_size, context_tokens=scratch.context_tokens)
     policy = new_policy(scratch, tokenizer, seed=stage_seed(config.run.seed, "policy"))
     if config.learner.precision == "bf16":
         for parameter in policy.parameters():  # and not the buffers: rotary frequencies need their digits
             parameter.data = parameter.data.bfloat16()
     return tokenizer, policy, records
-
-
-def _said(text: Text) -> list[str]:
-    return [text] if isinstance(text, str) else [message["content"] for message in text]
 
 
 def _encode(

@@ -100,6 +100,11 @@ def peek(source: str, *, split: str = "train") -> RecordType:
     raise _empty(source)
 
 
+def is_local(source: str) -> bool:
+    """Whether a source is read from this machine: files, or a Python generator."""
+    return _GENERATOR.fullmatch(source) is not None or _local_files(source) is not None
+
+
 def read_records(
     source: str,
     *,

@@ -15,6 +15,8 @@ from protocol.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+    from protocol.records import DemonstrationRecord, Text
+
 Message = dict[str, str]
 """One turn of a conversation: `role` (system, user or assistant) and `content`."""
 
@@ -86,6 +88,27 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, context_tokens: in
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )
+
+
+def tokenizer_from(
+    records: "Iterable[DemonstrationRecord]", *, vocab_size: int, context_tokens: int
+) -> "PreTrainedTokenizerFast":
+    """Train the tokenizer of a policy from scratch on what is said in its demonstrations.
+
+    Args:
+        records: The demonstrations.
+        vocab_size: As in `train_tokenizer`.
+        context_tokens: Likewise.
+
+    Returns:
+        The tokenizer, the same for the same demonstrations.
+    """
+    texts = (text for record in records for part in (record.prompt, record.completion) for text in _said(part))
+    return train_tokenizer(texts, vocab_size=vocab_size, context_tokens=context_tokens)
+
+
+def _said(text: "Text") -> list[str]:
+    return [text] if isinstance(text, str) else [message["content"] for message in text]
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
