@@ -6,6 +6,7 @@ file, is written last. Old checkpoints go only after a new one has been verified
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 from protocol.errors import UserError
 
 FORMAT_VERSION = 1
+_LOG = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 DRIVER_STATE = "driver.json"
 _STAGING = ".staging-"
@@ -126,6 +128,7 @@ def newest(root: Path) -> Checkpoint | None:
         try:
             return verify(directory)
         except CheckpointError as error:
+            _LOG.warning("a damaged checkpoint is passed over: %s", error)
             problems.append(str(error))
     if problems:
         raise UserError(

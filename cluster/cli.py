@@ -5,18 +5,21 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
+import typer.exceptions
 from rich.console import Console
 
 from configs.load import PRESETS, ConfigError, load
 from configs.run import RunConfig
 
 EXIT_FAILED, EXIT_USER, EXIT_RESUMABLE = 1, 2, 75
+_GRACE_S = 30.0
 
 app = typer.Typer(
     name="rondo",
@@ -37,7 +40,8 @@ _ConfigArg = Annotated[str, typer.Argument(help="A YAML file, or a preset's name
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print batch arithmetic and placement; start nothing.")]
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Show the workers' own logs too.")]
 _RunDir = Annotated[Path, typer.Argument(help="A run directory, such as runs/quickstart.", metavar="RUN")]
-_console = Console(soft_wrap=True)
+# A file or a job has no width of its own.
+_console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -55,8 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _guarded(run: Callable[[], object], *, traceback: bool) -> int:
     """Turn every ending into an exit code and one clear message: the supervision boundary of the driver."""
-    import click
-
     from protocol.errors import UserError
 
     try:
@@ -65,10 +67,10 @@ def _guarded(run: Callable[[], object], *, traceback: bool) -> int:
     except (ConfigError, UserError) as error:
         _error(str(error), error, traceback)
         return EXIT_USER
-    except click.ClickException as error:
+    except typer.exceptions.TyperException as error:
         error.show()
         return EXIT_USER
-    except (Stopped, KeyboardInterrupt, click.Abort):
+    except (Stopped, KeyboardInterrupt, typer.Abort):
         _console.print("\nstopped; the same command goes on from the last checkpoint", style="yellow")
         return EXIT_RESUMABLE
     except Exception as error:  # noqa: BLE001
@@ -94,6 +96,10 @@ class Stopped(BaseException):
 def _stop(signum: int, frame: FrameType | None) -> None:
     """Unwind, so that workers are stopped and files closed; a second signal ends the process at once."""
     signal.signal(signum, signal.SIG_DFL)
+    # Whoever stopped the run may have stopped its Ray too, and then no goodbye is answered.
+    grace = threading.Timer(_GRACE_S, os._exit, args=(EXIT_RESUMABLE,))
+    grace.daemon = True
+    grace.start()
     raise Stopped
 
 
@@ -151,7 +157,13 @@ def train(context: typer.Context, config: _ConfigArg, dry_run: _DryRun = False, 
 @app.command()
 def resume(run: _RunDir, verbose: _Verbose = False) -> None:
     """Go on with a run from its newest checkpoint, under the configuration it was started with."""
-    _train(load(_run_config(run)), dry_run=False, verbose=verbose)
+    run = run.absolute()
+    stored = _run_config(run)
+    if load(stored).run.name != run.name:
+        raise ConfigError(
+            f"{run} was renamed: its config.yaml says run.name = {load(stored).run.name}; name it so again"
+        )
+    _train(load(stored, [f"run.dir={run.parent}"]), dry_run=False, verbose=verbose)
 
 
 @app.command(context_settings=_OVERRIDES)

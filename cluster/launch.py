@@ -213,7 +213,7 @@ def read_prompts(config: RunConfig, directory: RunDirectory) -> tuple[list[Promp
     held_out = config.data.eval_prompts
     if held_out is None:
         return train, []
-    return train, _encoded(held_out, tokenizer, config, count=config.rounds.evaluation.num_prompts)
+    return train, _encoded(held_out, tokenizer, config, count=preflight.evaluation_count(config))
 
 
 def _encoded(source: SourceConfig, tokenizer: Any, config: RunConfig, *, count: int | None) -> list[Prompt]:

@@ -96,15 +96,16 @@ class LearnerGroup:
     def _watched(self, what: str, progress: Progress, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Run a long stage on all ranks and pass rank 0's progress on."""
         refs = [getattr(rank, method).remote(*args, **kwargs) for rank in self._ranks]
-        deadline = monotonic() + self._deadlines.learn_s
+        deadline = monotonic() + self._deadlines.stage_s
         pending, failed = list(refs), False
         while pending and not failed:
             if monotonic() > deadline:
-                raise DeadlineError(f"{what}: not finished within cluster.deadlines.learn_s")
+                raise DeadlineError(f"{what}: not finished within cluster.deadlines.stage_s")
             done, pending = ray.wait(pending, num_returns=len(pending), timeout=_POLL_S)
             failed = any(_has_failed(ref) for ref in done)  # the others may wait for a dead rank for ever
-            progress(what, ray.get(self._ranks[0].status.remote(), timeout=self._deadlines.start_s))
-        return wait(refs if not failed else done, deadline_s=_POLL_S, what=what, key="cluster.deadlines.learn_s")[0]
+            if pending and not failed:
+                progress(what, ray.get(self._ranks[0].status.remote(), timeout=self._deadlines.start_s))
+        return wait(refs if not failed else done, deadline_s=_POLL_S, what=what, key="cluster.deadlines.stage_s")[0]
 
 
 def _has_failed(ref: Any) -> bool:

@@ -32,7 +32,7 @@ def check(config: RunConfig) -> None:
     tokenizer = _tokenizer(config)
     for prompts, count in (
         (config.data.prompts, config.data.prompts.count),
-        (config.data.eval_prompts, config.rounds.evaluation.num_prompts),
+        (config.data.eval_prompts, evaluation_count(config)),
     ):
         if prompts is not None and datasets.is_local(prompts.source):
             records = datasets.read_prompts(prompts.source, split=prompts.split, seed=config.run.seed, count=count)
@@ -45,6 +45,12 @@ def check(config: RunConfig) -> None:
             preferences.source, split=preferences.split, seed=config.run.seed, count=preferences.count
         ):
             continue
+
+
+def evaluation_count(config: RunConfig) -> int:
+    """Say how many held-out prompts are read: `rounds.evaluation.num_prompts`, or fewer where the source says so."""
+    source, wanted = config.data.eval_prompts, config.rounds.evaluation.num_prompts
+    return wanted if source is None or source.count is None else min(source.count, wanted)
 
 
 def _sources(config: RunConfig) -> Iterator[SourceConfig]:

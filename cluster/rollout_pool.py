@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from cluster import schedule
-from cluster.pool import FAILURES, DeadlineError, Handle, Member, Pool, WorkersLostError, cause_of, wait
+from cluster.pool import FAILURES, DeadlineError, Handle, Member, Pool, cause_of, wait
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
 from protocol.messages import RolloutMeta, RolloutRequest
@@ -61,7 +61,7 @@ class RolloutPool:
             stream: Any = ready[0]
             member = streams[stream]
             try:
-                taken = _take(stream)
+                taken = _take(stream, deadline=deadline, worker=member.name)
             except FAILURES as error:
                 del streams[stream]
                 fresh = self._replace(member, error)
@@ -95,7 +95,8 @@ class RolloutPool:
         return member.handle.generate.remote(list(owed.values()), policy_version=policy_version)
 
     def _load(self, handle: Handle, publication: Publication) -> Any:
-        return handle.load.remote(publication.manifest, list(publication.buckets))
+        timeout_s = self._deadlines.publish_s
+        return handle.load.remote(publication.manifest, list(publication.buckets), timeout_s=timeout_s)
 
     def _proven(self, member: Member, ref: Any, publication: Publication) -> VersionProof:
         """Judge a worker's proof; a worker without a good one is fenced, refreshed, and replaced if that fails."""
@@ -131,7 +132,7 @@ class RolloutPool:
         _LOG.warning("%s is lost (%s); starting a replacement", member.name, _first_line(error))
         fresh = self._pool.replace(member, cause=error)
         if self._publication is None:
-            raise WorkersLostError(f"{member.name} was lost before the first publish: {_first_line(error)}") from error
+            return fresh  # it has loaded version 0 from the same directory as the others
         self._judged(fresh, self._load(fresh.handle, self._publication), self._publication.manifest)
         return fresh
 
@@ -143,24 +144,29 @@ class _Step(NamedTuple):
     metas: Sequence[RolloutMeta]
 
 
-def _take(stream: Any) -> _Step | None:
+def _take(stream: Any, *, deadline: float, worker: str) -> _Step | None:
     """Read one step from a worker's stream: a payload, which is only passed on, and what the driver may know of it.
 
     Returns:
         The step, or None at the end of the stream.
 
     Raises:
+        DeadlineError: If the worker stops between a payload and its description.
         Exception: What the worker raised or died of; it comes in the place of an item and ends the stream.
     """
     try:
         payload = next(stream)
     except StopIteration:
         return None
+    ready, _ = ray.wait([stream], timeout=max(0.0, deadline - monotonic()), fetch_local=False)
+    if not ready:
+        raise DeadlineError(f"generating: {worker} stopped in a step; cluster.deadlines.generate_s is over")
+    left_s = max(0.0, deadline - monotonic())
     try:
-        return _Step(payload, ray.get(next(stream)))
+        return _Step(payload, ray.get(next(stream), timeout=left_s))
     except StopIteration:
-        ray.get(payload)
-        raise RuntimeError("a rollout worker's stream ended between a payload and its description") from None
+        ray.get(payload, timeout=left_s)
+        raise RuntimeError(f"{worker}'s stream ended between a payload and its description") from None
 
 
 class StaleProofError(RuntimeError):

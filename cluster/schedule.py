@@ -63,8 +63,6 @@ def after(state: RunState, config: RunConfig) -> RunState:
             phase = Phase.EVALUATE if done >= config.rounds.iterations else Phase.OPTIMISE
             return replace(state, phase=phase, iteration=done, policy_version=state.policy_version + 1)
         case Phase.EVALUATE:
-            if state.round < config.rounds.count:
-                return replace(state, phase=Phase.OPTIMISE, round=state.round + 1, iteration=0)
             return replace(state, phase=Phase.DONE)
         case Phase.DONE:
             return state

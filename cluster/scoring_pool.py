@@ -1,7 +1,7 @@
 """The scoring workers as one role: groups by key, scored by reward and reference workers while generation goes on."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,15 @@ from configs.scoring import ScoringConfig
 from protocol import metrics as names
 from protocol.messages import ReferenceSummary, RewardScores, RolloutKey
 from protocol.roles import Finished, ScoredGroup, ScoredReferences, ScoringSummary
+
+
+class _Sent(NamedTuple):
+    """References to what the workers say about a group: for the driver, and for the learner."""
+
+    report: Any
+    scores: Any
+    summary: Any
+    logprobs: Any
 
 
 class ScoringPool:
@@ -36,7 +45,7 @@ class ScoringPool:
         self._groups: tuple[tuple[RolloutKey, ...], ...] = ()
         self._group_of: dict[RolloutKey, int] = {}
         self._arrived: list[dict[RolloutKey, Finished]] = []
-        self._sent: dict[int, tuple[Any, Any, Any]] = {}
+        self._sent: dict[int, _Sent] = {}
 
     def started(self) -> dict[str, str]:
         """Wait until every model is loaded, and say on which node each worker is."""
@@ -63,14 +72,14 @@ class ScoringPool:
         if missing:
             raise RuntimeError(f"{len(missing)} responses were never handed over for scoring, such as {missing[0]}")
         order = range(len(self._groups))
-        rewards: list[RewardScores] = self._wait([self._sent[i][0] for i in order], "reward scores")
-        references: list[ReferenceSummary] = self._wait([self._sent[i][1] for i in order], "reference log-probs")
+        rewards: list[RewardScores] = self._wait([self._sent[i].report for i in order], "reward scores")
+        references: list[ReferenceSummary] = self._wait([self._sent[i].summary for i in order], "reference log-probs")
         scored = tuple(
             ScoredGroup(
                 metas=tuple(self._arrived[i][key].meta for key in self._groups[i]),
                 rollouts=tuple(self._arrived[i][key].payload for key in self._groups[i]),
-                rewards=self._sent[i][0],
-                reference=self._sent[i][2],
+                rewards=self._sent[i].scores,
+                reference=self._sent[i].logprobs,
             )
             for i in order
         )
@@ -108,7 +117,8 @@ class ScoringPool:
         reward = self.rewards.members[index % len(self.rewards.members)].handle
         reference = self.references.members[index % len(self.references.members)].handle
         summary, logprobs = reference.logprobs.remote(payloads)
-        self._sent[index] = (reward.score.remote(payloads), summary, logprobs)
+        report, scores = reward.score.remote(payloads)  # the report has the gold scores, what the learner gets has not
+        self._sent[index] = _Sent(report=report, scores=scores, summary=summary, logprobs=logprobs)
 
     def _wait(self, refs: list[Any], what: str) -> list[Any]:
         return wait(refs, deadline_s=self._deadlines.score_s, what=what, key="cluster.deadlines.score_s")

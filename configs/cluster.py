@@ -30,7 +30,10 @@ class DeadlinesConfig(Section):
     """Until a worker has loaded its model."""
     generate_s: PositiveFloat = 1800.0
     score_s: PositiveFloat = 600.0
+    stage_s: PositiveFloat = 259_200.0
+    """A whole supervised stage (SFT or reward modelling)."""
     learn_s: PositiveFloat = 3600.0
+    """The update of one iteration."""
     publish_s: PositiveFloat = 600.0
     checkpoint_s: PositiveFloat = 1800.0
 
@@ -44,6 +47,7 @@ class ClusterConfig(Section):
     placement: PlacementConfig = PlacementConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
     worker_replacements: NonNegativeInt = 3
-    """How many failed rollout or scoring workers may be replaced during a run."""
+    """How many failed rollout workers may be replaced during a run. A failed scoring worker or learner rank ends the
+    run; the same command goes on from its last checkpoint."""
     checkpoint_period_iterations: PositiveInt = 20
     checkpoints_kept: PositiveInt = 2

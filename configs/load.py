@@ -76,8 +76,12 @@ def dump(config: RunConfig) -> str:
 
 
 def config_hash(config: RunConfig) -> str:
-    """Name a configuration by its content: 12 hexadecimal digits of SHA-256 over canonical JSON."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """Name a configuration by its content: 12 hexadecimal digits of SHA-256 over canonical JSON.
+
+    Where a run is kept is not part of what it is, so that a run directory may be moved.
+    """
+    values = config.model_dump(mode="json", exclude={"run": {"dir"}})
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -99,6 +99,14 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_round(self) -> Self:
+        if self.rounds.count > 1:
+            raise ValueError("rounds.count > 1 is not available in this version: a run is one round")
+        if self.data.pretraining is not None:
+            raise ValueError("data.pretraining is not available in this version")
+        return self
+
+    @model_validator(mode="after")
     def _controller_can_steer(self) -> Self:
         algorithm = self.algorithm
         if not isinstance(algorithm, PPOConfig) or algorithm.kl_controller.kind != "adaptive":

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -35,7 +35,6 @@ from protocol.tokens import decode, load_tokenizer
 from protocol.weights import ByteArray, WeightManifest
 
 Group = tuple[Sequence[Rollout], RewardScores, ReferenceLogprobs]
-Stage = Literal["idle", "sft", "reward_model", "update", "publish"]
 
 
 class Rank:
@@ -264,7 +263,6 @@ def assemble(groups: Sequence[Group], *, round: int, iteration: int, policy_vers
                     rollout=rollout,
                     score=float(rewards.scores[place]),
                     components={name: float(values[place]) for name, values in rewards.components.items()},
-                    gold={name: float(values[place]) for name, values in rewards.gold.items()},
                     ref_logprobs=reference.logprobs[place],
                 )
             )

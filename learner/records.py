@@ -71,7 +71,6 @@ def _row(scored: ScoredRollout, *, decode: Decode, kl_nats: float | None) -> dic
         "response": decode(rollout.response_ids),
         "score": scored.score,
         **{f"component/{name}": value for name, value in scored.components.items()},
-        **scored.gold,
         "kl_k1_nats": kl_nats,
         "finish_reason": rollout.finish_reason,
         "policy_version_first": rollout.policy_versions.first,

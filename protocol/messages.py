@@ -123,7 +123,7 @@ class RewardScores:
     components: Mapping[str, FloatArray]
     """Component name -> [B] normalised score before combination."""
     gold: Mapping[str, FloatArray]
-    """`gold` and its components -> [B]; empty without a gold scorer. For evaluation only."""
+    """`gold` and its components -> [B], for the driver; always empty in what the learner is given."""
     busy_s: float
 
 
@@ -153,7 +153,6 @@ class ScoredRollout:
     rollout: Rollout
     score: float
     components: Mapping[str, float]
-    gold: Mapping[str, float]
     ref_logprobs: FloatArray
     """[T] log-probs of the response tokens under the frozen reference."""
 
@@ -202,13 +201,3 @@ class SampleText:
     kl_nats: float
     reward: float
     """score - beta * KL: what the response was worth to the optimiser."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundReport:
-    """One round: where it ended, and how the policy compares with the one before."""
-
-    round: int
-    policy_version: int
-    num_iterations: int
-    evaluation: Mapping[str, Mapping[str, float | list[float]]]

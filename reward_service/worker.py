@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import ray
@@ -22,22 +23,6 @@ from reward_service.reward_model import RewardModel
 from reward_service.scoring import IDENTITY, Calibration, require_scores, total_scores
 
 GOLD = "gold"
-
-
-class RewardScorer(Protocol):
-    """What the scoring pool needs of a reward worker; a fake one passes the same contract suite."""
-
-    def score(self, rollout_refs: Sequence[RolloutRef]) -> RewardScores:
-        """Score a group, in its order."""
-        ...
-
-
-class ReferenceScorer(Protocol):
-    """What the scoring pool needs of a reference worker."""
-
-    def logprobs(self, rollout_refs: Sequence[RolloutRef]) -> tuple[ReferenceSummary, ReferenceLogprobs]:
-        """Compute the reference's log-probs of a group, in its order."""
-        ...
 
 
 class RewardWorker:
@@ -101,14 +86,16 @@ class RewardWorker:
                 self._calibrations.pop(reward.name, None)
         self._calibrations.update(calibrations or {})
 
-    def score(self, rollout_refs: Sequence[RolloutRef]) -> RewardScores:
+    @ray.method(num_returns=2)
+    def score(self, rollout_refs: Sequence[RolloutRef]) -> tuple[RewardScores, RewardScores]:
         """Score a group of responses.
 
         Args:
             rollout_refs: Where the Rollouts lie.
 
         Returns:
-            Scores, components and gold, in the order given.
+            Scores and components in the order given, with the gold scores for the driver and without them for the
+            learner, which never sees them.
 
         Raises:
             RewardError: If a reward fails.
@@ -123,7 +110,8 @@ class RewardWorker:
         total, _ = total_scores(components, finish_reasons=batch.finish_reasons, config=self._config.scoring)
         gold = {reward.name: reward.raw_scores(batch) for reward in self._gold}
         busy_s = self._count(len(rollouts), since=started)
-        return RewardScores(keys=batch.keys, scores=total, components=components, gold=gold, busy_s=busy_s)
+        scored = RewardScores(keys=batch.keys, scores=total, components=components, gold={}, busy_s=busy_s)
+        return replace(scored, gold=gold), scored
 
     def raw_scores(self, rollout_refs: Sequence[RolloutRef]) -> dict[str, FloatArray]:
         """Score a group without calibration, to find the calibration.

@@ -74,9 +74,7 @@ def scored_batch(num: int = 12, *, seed: int = 0, iteration: int = 0, policy_ver
             worker="rollout-0",
         )
         score = float(rng.normal())
-        rollouts.append(
-            ScoredRollout(rollout=rollout, score=score, components={"rm": score}, gold={}, ref_logprobs=noise[1])
-        )
+        rollouts.append(ScoredRollout(rollout=rollout, score=score, components={"rm": score}, ref_logprobs=noise[1]))
     return ScoredBatch(round=1, iteration=iteration, policy_version=policy_version, rollouts=tuple(rollouts))
 
 

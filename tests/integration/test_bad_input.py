@@ -41,7 +41,7 @@ def test_more_workers_than_the_cluster_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (None, "no file"),
+        (None, "no data file"),
         ([], "empty"),
         ([{"question": "x"}], "column"),
         ([{"prompt": "x"}, {"prompt": ""}], "line 2"),

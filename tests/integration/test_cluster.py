@@ -24,6 +24,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_roles_run_on_their_own_nodes_of_a_three_node_cluster(tmp_path: Path) -> None:
     """Three rollout workers, two reward workers, two learner ranks, each role pinned to a node by a custom resource."""
     code = f"""
@@ -110,6 +111,7 @@ def test_a_job_trains_with_the_token_and_is_refused_without(head: dict[str, str]
     assert TOKEN not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_job_that_would_lose_its_results_is_refused(head: dict[str, str]) -> None:
     done = submit(head, TOKEN, "train", "quickstart")
     assert done.returncode != 0

@@ -143,7 +143,9 @@ def test_scores_are_the_calibrated_logits(
     )
     pool = start(config, policy, tmp_path, trained=reward_model)
     refs = [RolloutRef(ray.put((rollout,)), 0) for rollout in rollouts]
-    result = ray.get(pool.score.remote(refs), timeout=60)
+    report, scores = pool.score.remote(refs)
+    result = ray.get(report, timeout=60)
+    assert ray.get(scores, timeout=60).gold == {}, "the learner would see the gold score"
 
     logits = expected_logits(reward_model, rollouts)
     lengths = [len(tiny_tokenizer().decode(r.response_ids, skip_special_tokens=True)) for r in rollouts]
@@ -158,7 +160,7 @@ def test_scores_are_the_calibrated_logits(
 
     raw = ray.get(pool.raw_scores.remote(refs), timeout=60)
     np.testing.assert_allclose(raw["reward_model"], logits, rtol=1e-5, atol=1e-5)
-    turned = ray.get(pool.score.remote(refs[::-1]), timeout=60)
+    turned = ray.get(pool.score.remote(refs[::-1])[0], timeout=60)
     assert turned.keys == result.keys[::-1]
     np.testing.assert_allclose(turned.scores[::-1], result.scores, rtol=1e-5, atol=1e-6)
     assert ray.get(pool.status.remote(), timeout=60)["num_responses"] == 36
@@ -191,7 +193,7 @@ def test_a_nan_reward_ends_the_group_and_saves_it(policy: Path, rollouts: list[R
     config = run_config(policy, rewards=[FunctionRewardConfig(name="odd", path=f"{HERE}:nan_on_third")])
     pool = start(config, policy, tmp_path)
     with pytest.raises(RayTaskError) as caught:
-        ray.get(pool.score.remote([RolloutRef(ray.put((rollout,)), 0) for rollout in rollouts[:6]]), timeout=60)
+        ray.get(pool.score.remote([RolloutRef(ray.put((rollout,)), 0) for rollout in rollouts[:6]])[0], timeout=60)
     error = caught.value.cause
     assert isinstance(error, scoring.RewardError)
     assert (error.component, error.key) == ("odd", rollouts[2].key)
@@ -215,20 +217,20 @@ def test_a_new_reward_model_is_calibrated_before_it_scores(
     refs = [RolloutRef(ray.put((rollout,)), 0) for rollout in rollouts]
     assert ray.get(pool.status.remote(), timeout=60)["uncalibrated"] == ["reward_model", "length"]
     with pytest.raises(RayTaskError) as caught:
-        ray.get(pool.score.remote(refs), timeout=60)
+        ray.get(pool.score.remote(refs)[0], timeout=60)
     assert isinstance(caught.value.cause, UserError)
 
     raw = ray.get(pool.raw_scores.remote(refs), timeout=60)
     found = {name: scoring.calibrate(scores) for name, scores in raw.items()}
     ray.get(pool.load.remote(calibrations=found), timeout=60)
-    result = ray.get(pool.score.remote(refs), timeout=60)
+    result = ray.get(pool.score.remote(refs)[0], timeout=60)
     for component in result.components.values():
         assert component.mean() == pytest.approx(0, abs=1e-4)
         assert component.std() == pytest.approx(1, abs=1e-4)
 
     ready = write_reward_model(tmp_path / "ready", policy, seed=4)
     ray.get(pool.load.remote(trained=ready), timeout=60)
-    result = ray.get(pool.score.remote(refs), timeout=60)
+    result = ray.get(pool.score.remote(refs)[0], timeout=60)
     expected = GAIN * expected_logits(ready, rollouts) + BIAS
     np.testing.assert_allclose(result.components["reward_model"], expected, rtol=1e-5, atol=1e-5)
     ray.kill(pool)

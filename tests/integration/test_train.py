@@ -126,6 +126,7 @@ def test_two_runs_end_in_the_same_parameters_bit_for_bit(trained: tuple[Path, st
         assert one.read_bytes() == two.read_bytes(), part
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(trained: tuple[Path, str], tmp_path: Path) -> None:
     """Two of four iterations, then the rest: the same metrics as in one go, apart from times."""
     overrides = tiny_overrides(tmp_path, "rounds.iterations=4")
