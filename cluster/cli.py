@@ -68,7 +68,7 @@ def _guarded(run: Callable[[], object], *, traceback: bool) -> int:
         _error(str(error), error, traceback)
         return EXIT_USER
     except typer.exceptions.TyperException as error:
-        error.show()
+        error.show()  # pyright: ignore[reportAttributeAccessIssue] - every usage error has it
         return EXIT_USER
     except (Stopped, KeyboardInterrupt, typer.Abort):
         _console.print("\nstopped; the same command goes on from the last checkpoint", style="yellow")

@@ -88,9 +88,7 @@ def _disk() -> list[Finding]:
 def _exposure() -> list[Finding]:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        return [
-            Finding(True, "no RAY_ADDRESS: a run starts its own Ray, node address 127.0.0.1, with token authentication")
-        ]
+        return [Finding(True, "no RAY_ADDRESS: a run starts a Ray of its own, with token authentication")]
     token = os.environ.get("RAY_AUTH_MODE") == "token"
     hint = "" if token else "; next: start the cluster with RAY_AUTH_MODE=token and a token"
     return [Finding(token, f"RAY_ADDRESS={address} with{'' if token else 'out'} token authentication{hint}")]

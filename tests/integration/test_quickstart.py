@@ -1,4 +1,4 @@
-"""The whole quickstart at its real size: what the README promises. One seed here; more with benchmarks/quickstart.py."""
+"""The whole quickstart at its real size: what the README promises. More seeds with benchmarks/quickstart.py."""
 
 from pathlib import Path
 
