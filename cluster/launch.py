@@ -109,7 +109,8 @@ def connect(config: RunConfig, *, verbose: bool) -> None:
         ray.init(address=address, **quiet)
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        # "local" starts one; without it Ray would join whatever cluster it finds traces of on this machine.
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     # Ray puts handlers of its own in place that end the process; the run would leave workers and files behind.
     for number, handler in handlers.items():
         signal.signal(number, handler)
