@@ -12,7 +12,7 @@ from tests.tiny import tiny_llama
 from tests.tiny_run import tiny_overrides
 
 
-def refused(tmp_path: Path, *overrides: str, code: int = 2, within_s: float = 60) -> str:
+def refused(tmp_path: Path, *overrides: str, code: int = 2, within_s: float = 120) -> str:
     """Run a tiny configuration that must be refused, and return the message."""
     runs = tmp_path / "runs"
     started = time.monotonic()
@@ -81,7 +81,7 @@ def test_a_failing_reward_names_the_prompt_and_keeps_the_batch(tmp_path: Path, k
         "data.demonstrations=null",
         "data.preferences=null",
         code=1,
-        within_s=120,
+        within_s=240,
     )
     assert "reward broken" in message
     assert re.search(r"safe-\d+#0", message), "the prompt is not named"
