@@ -88,11 +88,17 @@ def submit(head: dict[str, str], token: str | None, *arguments: str) -> subproce
     environment["RAY_AUTH_TOKEN_PATH"] = "/nonexistent"
     if token is not None:
         environment["RAY_AUTH_TOKEN"] = token
-    return subprocess.run(
-        [RAY, "job", "submit", "--address", head["address"], "--working-dir", ".", "--",
-         sys.executable, "-m", "cluster.cli", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+    command = [RAY, "job", "submit", "--address", head["address"], "--working-dir", ".", "--",
+               sys.executable, "-m", "cluster.cli", *arguments]  # fmt: skip
+    deadline = time.monotonic() + 60
+    while True:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
+        )
+        # The dashboard answers before the agent that starts jobs does.
+        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(1)
 
 
 def test_a_job_trains_with_the_token_and_is_refused_without(head: dict[str, str], tmp_path: Path) -> None:
