@@ -168,10 +168,12 @@ def test_a_dead_engine_ends_the_process_and_leaves_the_cause(worker: Any):
         # The model is gone, as after a fault in the engine core.
         del worker._engine._engine.model_executor.driver_worker.worker.model_runner.model
 
-    pid = status(worker).pid
+    before = status(worker)
+    pid = before.pid
+    assert before.policy_version is not None
     ray.get(worker.__ray_call__.remote(break_engine), timeout=TIMEOUT_S)
     with pytest.raises(ray.exceptions.RayActorError):
-        sample(worker, make_requests(2), policy_version=3)
+        sample(worker, make_requests(2), policy_version=before.policy_version)
     deadline = time.monotonic() + TIMEOUT_S
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the process outlived its engine"
