@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-LOCKS := requirements/torch.txt requirements/cpu.lock requirements/deepspeed.lock pyproject.toml
+LOCKS := requirements/torch.txt requirements/cpu.lock requirements/deepspeed.lock requirements/browser.txt pyproject.toml
 STAMP := $(VENV)/.installed
 
 .PHONY: help setup quickstart test test-slow check format clean
@@ -18,6 +18,7 @@ $(STAMP): $(LOCKS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -r requirements/torch.txt
 	$(BIN)/python -m pip install -q --no-deps --require-hashes -r requirements/cpu.lock
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r requirements/browser.txt
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-deps --no-build-isolation --require-hashes -r requirements/deepspeed.lock
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $(STAMP)

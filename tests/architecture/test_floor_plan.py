@@ -41,12 +41,12 @@ ONLY_IN = {
     ),
     "transformers": ("learner/models.py", "reward_service/*_model.py", "protocol/tokens.py"),
     "torch": ("actors/*.py", "reward_service/*.py", "learner/*.py", "protocol/logprobs.py"),
-    "pyarrow": ("protocol/datasets.py", "learner/records.py"),
+    "pyarrow": ("protocol/datasets.py", "learner/records.py", "reward_service/preferences/*.py"),
     "datasets": ("protocol/datasets.py",),
     "fastapi": ("reward_service/labeling/*.py", "reward_service/preferences/*.py"),
     "sqlalchemy": ("reward_service/labeling/*.py", "reward_service/preferences/*.py"),
     "pydantic": ("configs/*.py", "reward_service/labeling/*.py"),
-    "typer": ("cluster/cli.py",),
+    "typer": ("cluster/cli.py", "cluster/label_cli.py"),
 }
 SAYS_NOTHING = {"utils", "helpers", "common", "misc"}
 

@@ -1,0 +1,1 @@
+"""Preferences: what people and judges said about responses, how it is kept, and who is asked about what."""

@@ -1,0 +1,1 @@
+"""The history of the preference store's tables; `reward_service.preferences.database` runs it."""

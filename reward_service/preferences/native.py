@@ -1,0 +1,125 @@
+"""Rondo's own file of preferences: every task and every label, superseded ones too, as JSON lines or Parquet.
+
+Reading what was written gives equal records in the same order.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from pyarrow import parquet
+
+from protocol.datasets import open_records
+from protocol.errors import UserError
+from reward_service.preferences.records import (
+    Label,
+    Task,
+    label_from_json,
+    label_to_json,
+    task_from_json,
+    task_to_json,
+)
+
+_NAME, _VERSION = "rondo-preferences", 1
+# For people and queries; `body` holds the whole record.
+_SCHEMA = pyarrow.schema(
+    [
+        ("record", pyarrow.string()),
+        ("task_id", pyarrow.string()),
+        ("round", pyarrow.int64()),
+        ("purpose", pyarrow.string()),
+        ("kind", pyarrow.string()),
+        ("label_id", pyarrow.string()),
+        ("labeler_id", pyarrow.string()),
+        ("labeler_kind", pyarrow.string()),
+        ("verdict", pyarrow.string()),
+        ("winner", pyarrow.string()),
+        ("strength", pyarrow.int64()),
+        ("submitted_at", pyarrow.float64()),
+        ("supersedes", pyarrow.string()),
+        ("body", pyarrow.string()),
+    ],
+    metadata={"format": _NAME, "version": str(_VERSION)},
+)
+
+
+def write_jsonl(path: Path, tasks: Iterable[Task], labels: Iterable[Label]) -> None:
+    """Write a first line that names the format, then tasks, then labels, one JSON object a line."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in _rows(tasks, labels):
+            # ASCII alone, because a response may hold half a character, which UTF-8 cannot carry.
+            file.write(json.dumps(row) + "\n")
+
+
+def write_parquet(path: Path, tasks: Iterable[Task], labels: Iterable[Label]) -> None:
+    """Write tasks, then labels, one row each: a few columns for queries, and the whole record as JSON."""
+    rows = [_flat(row) for row in _rows(tasks, labels)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_SCHEMA), path)
+
+
+def read_native(path: Path) -> tuple[list[Task], list[Label]]:
+    """Read what `write_jsonl` or `write_parquet` wrote.
+
+    Raises:
+        UserError: If the file is something else, is damaged, or a newer version has written it.
+    """
+    tasks: list[Task] = []
+    labels: list[Label] = []
+    rows = _unpacked(open_records(str(path)))
+    _check_header(next(rows), path)
+    for number, row in enumerate(rows, start=2):
+        record = row.pop("record", None)
+        try:
+            if record == "task":
+                tasks.append(task_from_json(row))
+            elif record == "label":
+                labels.append(label_from_json(row))
+            else:
+                raise ValueError(f"a record is a task or a label, not {record!r}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                "the record cannot be read",
+                where=f"{path}, record {number}",
+                cause=f"{type(error).__name__}: {error}",
+                next_step="export the preferences again",
+            ) from error
+    return tasks, labels
+
+
+def _rows(tasks: Iterable[Task], labels: Iterable[Label]) -> Iterator[dict[str, Any]]:
+    yield {"record": _NAME, "version": _VERSION}
+    for task in tasks:
+        yield {"record": "task", **task_to_json(task)}
+    for label in labels:
+        yield {"record": "label", **label_to_json(label)}
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    outcome = row.get("outcome", {})
+    columns = {name: row.get(name, outcome.get(name)) for name in _SCHEMA.names}
+    return {**columns, "body": json.dumps(row)}
+
+
+def _unpacked(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        body = row.get("body")
+        yield json.loads(body) if isinstance(body, str) else row
+
+
+def _check_header(row: Mapping[str, Any], path: Path) -> None:
+    if row.get("record") != _NAME:
+        raise UserError(
+            "this is no file of preferences that rondo wrote",
+            where=str(path),
+            cause=f"its first record has the columns {', '.join(sorted(row))}",
+            next_step="name the format that it has",
+        )
+    if row.get("version") != _VERSION:
+        raise UserError(
+            f"the file has version {row.get('version')}, and this rondo reads version {_VERSION}",
+            where=str(path),
+            cause="a newer rondo has written it",
+            next_step="update rondo",
+        )
