@@ -1,0 +1,1 @@
+"""The labeling page: a small server on which people compare responses."""
