@@ -53,8 +53,8 @@ def plan_sampling(config: RolloutConfig, request: RolloutRequest, *, eos_token_i
     """Describe how a request's response is sampled.
 
     Args:
-        config: Temperature, truncation and decoding of the run.
-        request: The seed and the length bound of this response.
+        config: Truncation and decoding of the run.
+        request: The seed, the temperature and the length bound of this response.
         eos_token_id: The token that ends a response.
 
     Returns:
@@ -62,7 +62,7 @@ def plan_sampling(config: RolloutConfig, request: RolloutRequest, *, eos_token_i
     """
     greedy = config.decoding == "greedy"
     return SamplingPlan(
-        temperature=0.0 if greedy else config.temperature,
+        temperature=0.0 if greedy else request.temperature,
         top_p=1.0 if greedy else config.top_p,
         top_k=0 if greedy else config.top_k,
         seed=request.seed,

@@ -37,14 +37,19 @@ def calibrate(
     """
     sha256 = hashlib.sha256("\n".join(sorted(prompt.prompt_id for prompt in prompts)).encode()).hexdigest()
     result: dict[str, dict[str, Any]] = {}
-    for reward in config.scoring.rewards:
-        if isinstance(reward, ModelRewardConfig) or reward.normalization == "reference":
-            found = scoring.calibrate(raw[reward.name])
-            result[reward.name] = {
+    plain = {
+        reward.name
+        for reward in config.scoring.rewards
+        if not isinstance(reward, ModelRewardConfig) and reward.normalization == "none"
+    }
+    for name, scores in raw.items():
+        if name not in plain:
+            found = scoring.calibrate(scores)
+            result[name] = {
                 "gain": found.gain,
                 "bias": found.bias,
                 "anchor": ANCHOR,
-                "num_responses": len(raw[reward.name]),
+                "num_responses": len(scores),
                 "prompts_sha256": sha256,
             }
     return result

@@ -15,6 +15,8 @@ import typer
 import typer.exceptions
 from rich.console import Console
 
+from cluster.console import CONSOLE
+from cluster.label_cli import label_app
 from configs.load import PRESETS, ConfigError, load
 from configs.run import RunConfig
 
@@ -34,14 +36,14 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data before training 
 ckpt_app = typer.Typer(no_args_is_help=True, help="List and verify checkpoints.")
 app.add_typer(data_app, name="data")
 app.add_typer(ckpt_app, name="ckpt")
+app.add_typer(label_app, name="label")
 
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 _ConfigArg = Annotated[str, typer.Argument(help="A YAML file, or a preset's name.", metavar="CONFIG")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print batch arithmetic and placement; start nothing.")]
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Show the workers' own logs too.")]
 _RunDir = Annotated[Path, typer.Argument(help="A run directory, such as runs/quickstart.", metavar="RUN")]
-# A file or a job has no width of its own.
-_console = Console(width=None if sys.stdout.isatty() else 160)
+_console = CONSOLE
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _guarded(run: Callable[[], object], *, traceback: bool) -> int:
     """Turn every ending into an exit code and one clear message: the supervision boundary of the driver."""
-    from protocol.errors import UserError
+    from protocol.errors import Resumable, UserError
 
     try:
         result = run()
@@ -70,6 +72,9 @@ def _guarded(run: Callable[[], object], *, traceback: bool) -> int:
     except typer.exceptions.TyperException as error:
         error.show()  # pyright: ignore[reportAttributeAccessIssue] - every usage error has it
         return EXIT_USER
+    except Resumable as error:
+        _console.print(f"\n{error}", style="yellow", markup=False)
+        return EXIT_RESUMABLE
     except (Stopped, KeyboardInterrupt, typer.Abort):
         _console.print("\nstopped; the same command goes on from the last checkpoint", style="yellow")
         return EXIT_RESUMABLE
@@ -188,6 +193,37 @@ def status(run: _RunDir) -> None:
 
     config = load(_run_config(run))
     _console.print(describe(run, config))
+
+
+@app.command()
+def ladder(run: _RunDir) -> None:
+    """Show the ladder of a run's policy versions: ratings with intervals, and who won how often against whom."""
+    import json
+
+    from cluster.tracking import ladder_table, wins_table
+
+    _run_config(run)
+    path = run / "ladder.json"
+    if not path.exists():
+        raise ConfigError(f"{run} has no ladder yet; a round ends with one (`rondo status {run}` says where it is)")
+    found = json.loads(path.read_text())
+    _console.print(ladder_table(found))
+    _console.print(wins_table(found))
+
+
+@app.command()
+def report(run: _RunDir) -> None:
+    """Write RUN/report.html: the whole run on one page that needs no network."""
+    from contextlib import closing
+
+    from cluster.report import write_report
+    from cluster.run_directory import RunDirectory, store_url
+    from reward_service.preferences.store import PreferenceStore
+
+    config, directory = load(_run_config(run)), RunDirectory(run.absolute())
+    with closing(PreferenceStore.open(store_url(config, directory), create=False)) as store:
+        path = write_report(directory, config, store)
+    _console.print(f"report: {path}", highlight=False, markup=False)
 
 
 @app.command()

@@ -47,7 +47,7 @@ def iterate(roles: Roles, config: RunConfig, state: RunState) -> IterationReport
 
     with clock.stage(names.TIME_GENERATE):  # scoring runs meanwhile, group by group
         prompts = roles.prompts.take(config.rollout.prompts_per_iteration)
-        requests = schedule.requests(prompts, config, **place)
+        requests = schedule.requests(prompts, config, round=state.round, iteration=state.iteration)
         roles.scoring.begin([request.key for request in requests])
         for finished in roles.rollouts.generate(requests, policy_version=state.policy_version):
             roles.scoring.add(finished)
@@ -110,6 +110,7 @@ def _metrics(
         names.COUNTER_RESPONSE_TOKENS: tokens,
         names.ROLLOUT_TOKENS_MEAN: tokens / len(metas),
         names.ROLLOUT_TRUNCATED: truncated / len(metas),
+        names.ROLLOUT_REPEATED: sum(meta.repeated_fraction for meta in metas) / len(metas),
         names.ROLLOUT_TOKENS_PER_S: tokens / seconds[names.TIME_GENERATE],
         **batch.summary.means,
         **batch.summary.busy_s,

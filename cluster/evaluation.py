@@ -13,7 +13,7 @@ from cluster import schedule
 from cluster.schedule import EVALUATION
 from configs.run import RunConfig
 from protocol.messages import Prompt, RolloutKey
-from protocol.roles import RolloutPool, ScoredReferences, ScoringPool
+from protocol.roles import Finished, RolloutPool, ScoredReferences, ScoringPool
 
 GOLD = "gold"
 
@@ -27,6 +27,8 @@ class Evaluation:
     judged: dict[str, float]
     """Prompt id -> the score by which versions are compared (gold, or else the reward)."""
     judge: str
+    response_tokens: dict[str, int]
+    """Prompt id -> length of the response."""
 
     def to_json(self) -> dict[str, Any]:
         """Write the evaluation as plain JSON values."""
@@ -34,6 +36,7 @@ class Evaluation:
             "policy_version": self.policy_version,
             "judge": self.judge,
             "judged": self.judged,
+            "response_tokens": self.response_tokens,
             "summary": self.summary,
         }
 
@@ -43,21 +46,22 @@ class Evaluation:
         return cls(**values)
 
 
-def evaluate(
-    rollouts: RolloutPool,
-    scoring: ScoringPool,
-    prompts: Sequence[Prompt],
-    config: RunConfig,
-    *,
-    policy_version: int,
-) -> Evaluation:
-    """Sample one response a prompt with the given version and score it.
+def sample(
+    rollouts: RolloutPool, prompts: Sequence[Prompt], config: RunConfig, *, policy_version: int
+) -> list[Finished]:
+    """Sample one response a prompt with a version that the workers hold, in the order of the prompts.
 
     The seeds are the same for every version, so that versions are compared on equal terms.
     """
     requests = schedule.requests(prompts, config, round=0, iteration=EVALUATION, samples=1)
-    scoring.begin([request.key for request in requests])
-    for finished in rollouts.generate(requests, policy_version=policy_version):
+    finished = {f.meta.key: f for f in rollouts.generate(requests, policy_version=policy_version)}
+    return [finished[request.key] for request in requests]
+
+
+def score(scoring: ScoringPool, responses: Sequence[Finished], *, policy_version: int) -> Evaluation:
+    """Score a version's responses with the reward models of now."""
+    scoring.begin([finished.meta.key for finished in responses])
+    for finished in responses:
         scoring.add(finished)
     return summarise(scoring.collect(), policy_version=policy_version)
 
@@ -70,6 +74,7 @@ def summarise(batch: ScoredReferences, *, policy_version: int) -> Evaluation:
     values = {
         "score_mean": float(np.mean(list(summary.scores.values()))),
         "kl_k1_per_sequence": float(np.mean(list(summary.kl_nats.values()))),
+        "kl_k1_sem": float(np.std(list(summary.kl_nats.values())) / np.sqrt(len(metas))),
         "response_tokens_mean": float(np.mean([meta.response_tokens for meta in metas])),
         "truncated_fraction": float(np.mean([meta.finish_reason == "length" for meta in metas])),
     }
@@ -79,6 +84,7 @@ def summarise(batch: ScoredReferences, *, policy_version: int) -> Evaluation:
         summary=values,
         judged={key.prompt_id: value for key, value in judged.items()},
         judge="score" if gold is None else GOLD,
+        response_tokens={meta.key.prompt_id: meta.response_tokens for meta in metas},
     )
 
 
@@ -129,7 +135,7 @@ def compare(before: Evaluation, after: Evaluation, config: RunConfig) -> dict[st
     }
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write a JSON file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:

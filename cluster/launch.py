@@ -4,36 +4,42 @@ import json
 import logging
 import os
 import signal
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import ray
 from rich.console import Console
 
-from actors import worker as rollout_worker
 from cluster import placement, preflight, run_directory
-from cluster.evaluation import write_json
-from cluster.learner_group import LearnerGroup
-from cluster.placement import Placement
-from cluster.pool import Handle
+from cluster.builder import Builder
+from cluster.collection import Collection
+from cluster.crew import Crew
+from cluster.evaluation import Evaluation
+from cluster.judging import labeler_of
 from cluster.progress import Progress
-from cluster.prompts import encode_prompts
-from cluster.rollout_pool import RolloutPool
+from cluster.prompt_source import Prompts
+from cluster.ranking import Ranking
+from cluster.refresh import Refresh
 from cluster.rounds import play
-from cluster.run_directory import RunDirectory
+from cluster.run_directory import RunDirectory, store_url
 from cluster.schedule import RunState
-from cluster.scoring_pool import ScoringPool
 from cluster.stages import RunStages
-from cluster.tracking import LinesFile, Sinks, TensorBoard, Terminal, evaluation_table, metrics_lines, samples_lines
-from configs.data import SourceConfig
+from cluster.tracking import (
+    LinesFile,
+    Sinks,
+    TensorBoard,
+    Terminal,
+    evaluation_table,
+    ladder_table,
+    metrics_lines,
+    samples_lines,
+)
 from configs.run import RunConfig
-from learner import worker as learner_worker
-from protocol import datasets, tokens
+from protocol import tokens
 from protocol.errors import UserError
-from protocol.messages import Prompt
-from reward_service import worker as scoring_worker
-
-_LOG = logging.getLogger(__name__)
+from reward_service.preferences.store import PreferenceStore
 
 
 def train(config: RunConfig, console: Console, *, verbose: bool = False) -> RunDirectory:
@@ -69,32 +75,72 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False) -> RunD
 
 
 def _run(config: RunConfig, directory: RunDirectory, console: Console, *, verbose: bool) -> None:
-    progress = Progress(console)
+    progress = Progress(console, collects=lambda number: config.rounds.of(number).collect.comparisons > 0)
     if not directory.policy(0).exists():
         preflight.check(config)
+    progress.say("starting Ray")
     connect(config, verbose=verbose)
     try:
-        plans = placement.plan(config)
-        placement.check(plans, placement.available_resources())
-        groups = Placement(plans, deadline_s=config.cluster.deadlines.placement_s)
-        builder = Builder(config, directory, groups)
-        stages = RunStages(
-            config,
-            directory,
-            learner=builder.learner(),
-            open_sinks=lambda done: _sinks(config, directory, console, done=done),
-            open_pools=builder.pools,
-            read_prompts=lambda: read_prompts(config, directory),
-            progress=progress,
-        )
-        try:
-            state = play(stages, config, stages.resume(), announce=progress.announce)
-            _finish(directory, state)
-        finally:
-            stages.close()
-            groups.remove()
+        placement.check(placement.plan(config), placement.available_resources())
+        with closing(PreferenceStore.open(store_url(config, directory))) as store:
+            stages = make_stages(config, directory, store, console, progress)
+            try:
+                state = play(stages, config, stages.resume(), announce=progress.announce)
+                _finish(directory, state)
+            finally:
+                stages.close()
     finally:
         ray.shutdown()
+
+
+def make_stages(
+    config: RunConfig, directory: RunDirectory, store: PreferenceStore, console: Console, progress: Progress
+) -> RunStages:
+    """Put a run together.
+
+    Args:
+        config: The run's configuration.
+        directory: Of the run.
+        store: Where tasks and labels are kept.
+        console: Where progress goes.
+        progress: Likewise.
+
+    Returns:
+        The stages; no worker is started before one is needed.
+    """
+    crew = Crew(Builder(config, directory), directory)
+    prompts = Prompts(config, directory)
+    collection = Collection(
+        config,
+        directory,
+        crew=crew,
+        store=store,
+        make_labeler=lambda labeler: labeler_of(config, crew, labeler),
+        say=progress.say,
+    )
+
+    def make_ranking(evaluated: Callable[[int], Evaluation]) -> Ranking:
+        return Ranking(
+            config,
+            directory,
+            store=store,
+            collection=collection,
+            evaluated=evaluated,
+            decode=lambda token_ids: tokens.decode(prompts.tokenizer(), list(token_ids)),
+            say=progress.say,
+        )
+
+    return RunStages(
+        config,
+        directory,
+        crew=crew,
+        collection=collection,
+        refresh=Refresh(config, directory, crew=crew, collection=collection, progress=progress, say=progress.say),
+        make_ranking=make_ranking,
+        open_sinks=lambda done: _sinks(config, directory, console, done=done),
+        prompts=prompts,
+        progress=progress,
+    )
 
 
 def connect(config: RunConfig, *, verbose: bool) -> None:
@@ -116,122 +162,15 @@ def connect(config: RunConfig, *, verbose: bool) -> None:
         signal.signal(number, handler)
 
 
-class Builder:
-    """Makes the workers of a run, each in its place."""
-
-    def __init__(self, config: RunConfig, directory: RunDirectory, groups: Placement) -> None:
-        self._config = config
-        self._directory = directory
-        self._groups = groups
-        self._nodes: dict[str, str] = {}
-
-    def learner(self) -> LearnerGroup:
-        """Start the learner's ranks."""
-        config = self._config
-        remote = learner_worker.remote_class()
-        environment = {"env_vars": learner_worker.environment(config)}
-
-        def make(rank: int, name: str) -> Handle:
-            options = self._groups.options("learner", rank)
-            return remote.options(**options, runtime_env=environment).remote(
-                rank=rank, world_size=config.learner.workers, config=config, run_directory=self._directory.root
-            )
-
-        group = LearnerGroup(config, make=make)
-        self._nodes |= group.started()
-        return group
-
-    def pools(self) -> tuple[RolloutPool, ScoringPool]:
-        """Start the rollout and scoring workers and wait until they have loaded their models."""
-        config = self._config
-        rollouts = RolloutPool(
-            config.rollout,
-            config.cluster.deadlines,
-            make=self._rollout,
-            replacements=config.cluster.worker_replacements,
-        )
-        scoring = ScoringPool(
-            config.scoring,
-            config.cluster.deadlines,
-            make_reward=self._reward,
-            make_reference=self._reference,
-            replacements=config.cluster.worker_replacements,
-        )
-        self._nodes |= rollouts.started() | scoring.started()
-        write_json(self._directory.workers, self._nodes)
-        return rollouts, scoring
-
-    def _rollout(self, index: int, name: str) -> Handle:
-        config = self._config
-        environment = rollout_worker.environment(config.rollout, config.cluster.backend)
-        return (
-            rollout_worker.remote_class()
-            .options(**self._groups.options("rollout", index), runtime_env={"env_vars": environment})
-            .remote(
-                name=name,
-                model_path=str(self._directory.policy(0)),
-                config=config.rollout,
-                backend=config.cluster.backend,
-                policy_version=0,
-            )
-        )
-
-    def _reward(self, index: int, name: str) -> Handle:
-        config = self._config
-        return (
-            scoring_worker.reward_worker_class()
-            .options(
-                **self._groups.options("scoring", index),
-                runtime_env={"env_vars": scoring_worker.environment(config)},
-            )
-            .remote(
-                config=config,
-                name=name,
-                policy=self._directory.policy(0),
-                trained=self._directory.reward_model(0),
-                incidents=self._directory.incidents,
-            )
-        )
-
-    def _reference(self, index: int, name: str) -> Handle:
-        config = self._config
-        reference = config.models.reference
-        path = self._directory.policy(0) if reference == "sft" else reference
-        return (
-            scoring_worker.reference_worker_class()
-            .options(
-                **self._groups.options("scoring", config.scoring.workers + index),
-                runtime_env={"env_vars": scoring_worker.environment(config)},
-            )
-            .remote(config=config, name=name, path=path)
-        )
-
-
-def read_prompts(config: RunConfig, directory: RunDirectory) -> tuple[list[Prompt], list[Prompt]]:
-    """Read and encode the training and the held-out prompts."""
-    tokenizer = tokens.load_tokenizer(directory.policy(0))
-    train = _encoded(config.data.prompts, tokenizer, config, count=config.data.prompts.count)
-    held_out = config.data.eval_prompts
-    if held_out is None:
-        return train, []
-    return train, _encoded(held_out, tokenizer, config, count=preflight.evaluation_count(config))
-
-
-def _encoded(source: SourceConfig, tokenizer: Any, config: RunConfig, *, count: int | None) -> list[Prompt]:
-    records = datasets.read_prompts(source.source, split=source.split, seed=config.run.seed, count=count)
-    prompts, report = encode_prompts(
-        records, tokenizer, max_tokens=config.rollout.max_prompt_tokens, overlong=config.data.overlong_prompts
-    )
-    if report.num_dropped:
-        _LOG.warning("%s: %s", source.source, report.summary())
-    return prompts
-
-
 def _sinks(config: RunConfig, directory: RunDirectory, console: Console, *, done: int) -> Sinks:
     sinks: list[Any] = [
         LinesFile(directory.metrics, keep=done, lines=metrics_lines),
         LinesFile(directory.samples, keep=done, lines=samples_lines),
-        Terminal(console, num_iterations=config.rounds.iterations, samples_period=config.tracking.samples_shown_period),
+        Terminal(
+            console,
+            num_iterations={r: config.rounds.of(r).iterations for r in range(1, config.rounds.count + 1)},
+            samples_period=config.tracking.samples_shown_period,
+        ),
     ]
     if config.tracking.tensorboard:
         sinks.append(TensorBoard(directory.tensorboard))
@@ -246,6 +185,8 @@ def show_result(directory: RunDirectory, console: Console) -> None:
     """Print the evaluation and where everything lies."""
     if directory.evaluation.exists():
         console.print(evaluation_table(json.loads(directory.evaluation.read_text())))
+    if directory.ladder.exists():
+        console.print(ladder_table(json.loads(directory.ladder.read_text())))
     for label, path in (
         ("policies", directory.root / "policies"),
         ("reward models", directory.root / "reward_models"),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -13,6 +13,9 @@ from configs.run import RunConfig
 from protocol.messages import RolloutKey, SampleText, UpdateReport
 from protocol.roles import Publication, ScoredReferences
 from protocol.weights import WeightManifest
+
+if TYPE_CHECKING:
+    from learner.comparisons import RewardModelJob
 
 Progress = Callable[[str, dict[str, Any]], None]
 _POLL_S = 1.0
@@ -36,13 +39,18 @@ class LearnerGroup:
         """Fine-tune the policy on demonstrations; rank 0 writes it to `output`."""
         return self._watched("sft", progress, "train_sft", output)
 
-    def train_reward_model(self, *, policy: Path, output: Path, progress: Progress) -> dict[str, Any]:
-        """Train a reward model on comparisons; rank 0 writes it to `output`."""
-        return self._watched("reward model", progress, "train_reward_model", policy=policy, output=output)
+    def train_reward_model(self, job: "RewardModelJob", *, progress: Progress) -> dict[str, Any]:
+        """Train a reward model on comparisons; rank 0 writes it."""
+        what = "held-out reward model" if job.half == "heldout" else "reward model"
+        return self._watched(what, progress, "train_reward_model", job)
 
-    def start_rl(self, *, policy: Path, reward_model: Path | None) -> None:
+    def start_rl(self, *, policy: Path, reward_model: Path | None, iterations: int) -> None:
         """Build the policy's and the critic's engines."""
-        self._on(self._ranks, "start", "start_rl", policy=policy, reward_model=reward_model)
+        self._on(self._ranks, "start", "start_rl", policy=policy, reward_model=reward_model, iterations=iterations)
+
+    def finish_rl(self) -> None:
+        """Give up the policy's and the critic's engines."""
+        self._on(self._ranks, "start", "finish_rl")
 
     def update(self, batch: ScoredReferences, *, round: int, iteration: int) -> UpdateReport:
         """Learn from a batch."""
@@ -51,8 +59,15 @@ class LearnerGroup:
 
     def publish(self, *, policy_version: int) -> Publication:
         """Collect references to the buckets of a new version as rank 0 gathers them."""
+        return self._published([rank.publish.remote(policy_version) for rank in self._ranks], policy_version)
+
+    def publish_stored(self, directory: Path, *, policy_version: int) -> Publication:
+        """Collect references to the buckets of a policy that was exported before."""
+        streams = [self._ranks[0].publish_stored.remote(directory, policy_version)]
+        return self._published(streams, policy_version)
+
+    def _published(self, streams: Sequence[Any], policy_version: int) -> Publication:
         deadline = monotonic() + self._deadlines.publish_s
-        streams = [rank.publish.remote(policy_version) for rank in self._ranks]
         refs = [ref for stream in streams for ref in _drain(stream, deadline=deadline, version=policy_version)]
         try:
             manifest: WeightManifest = ray.get(refs[-1])

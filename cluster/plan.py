@@ -15,6 +15,7 @@ def batch_arithmetic(config: RunConfig) -> dict[str, int]:
     responses = rollout.responses_per_iteration
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     minibatches = responses // algorithm.minibatch_responses
+    iterations = sum(config.rounds.of(number).iterations for number in range(1, config.rounds.count + 1))
     return {
         "prompts an iteration": rollout.prompts_per_iteration,
         "samples a prompt": rollout.samples_per_prompt,
@@ -28,8 +29,9 @@ def batch_arithmetic(config: RunConfig) -> dict[str, int]:
         "minibatches an epoch": minibatches,
         "epochs": algorithm.num_epochs,
         "optimiser steps an iteration": minibatches * algorithm.num_epochs,
-        "iterations": config.rounds.iterations * config.rounds.count,
-        "optimiser steps in all": minibatches * algorithm.num_epochs * config.rounds.iterations * config.rounds.count,
+        "rounds": config.rounds.count,
+        "iterations in all": iterations,
+        "optimiser steps in all": minibatches * algorithm.num_epochs * iterations,
     }
 
 

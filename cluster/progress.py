@@ -1,5 +1,6 @@
 """Progress for people: a live line on a terminal, a plain line now and then in a job's log."""
 
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -10,11 +11,14 @@ from cluster.schedule import Phase, RunState
 _PLAIN_PERIOD_S = 10.0
 _PHASES = {
     Phase.SFT: "Supervised fine-tuning on the demonstrations",
-    Phase.REWARD_MODEL: "Reward model from the comparisons",
+    Phase.COLLECT: "Collecting responses to compare",
+    Phase.LABEL: "Labelling the comparisons",
+    Phase.REFRESH: "Reward model from the comparisons",
     Phase.CALIBRATE: "Rollout and scoring workers; the reward model's zero and unit",
-    Phase.BASELINE: "Evaluation of the supervised policy",
+    Phase.BASELINE: "The supervised policy's responses to the held-out prompts",
     Phase.OPTIMISE: "Optimising the policy",
     Phase.EVALUATE: "Evaluation of the new policy",
+    Phase.RANK: "Its place on the ladder",
     Phase.DONE: "Done",
 }
 
@@ -22,17 +26,30 @@ _PHASES = {
 class Progress:
     """Prints phases as they begin and a long stage's figures as they change."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, collects: Callable[[int], bool]) -> None:
+        """Begin to count the time.
+
+        Args:
+            console: Where to print.
+            collects: Says whether a round collects comparisons.
+        """
         self._console = console
+        self._collects = collects
         self._started = monotonic()
         self._last_line_s = 0.0
 
     def announce(self, state: RunState) -> None:
         """Say which phase begins."""
-        where = f"round {state.round}, {state.iteration} iterations done" if state.phase is Phase.OPTIMISE else ""
-        clock = f"[{monotonic() - self._started:6.1f} s]"
+        if state.phase in (Phase.COLLECT, Phase.LABEL) and not self._collects(state.round):
+            return
+        where = "" if state.phase in (Phase.SFT, Phase.BASELINE, Phase.DONE) else f"Round {state.round}: "
+        done = f", {state.iteration} iterations done" if state.phase is Phase.OPTIMISE and state.iteration else ""
+        self.say(f"{where}{_PHASES[state.phase]}{done}", style="bold")
+
+    def say(self, what: str, *, style: str | None = None) -> None:
+        """Print a line with the time since the start."""
         self._console.print(
-            f"{clock} {_PHASES[state.phase]}{': ' + where if where else ''}", style="bold", markup=False
+            f"[{monotonic() - self._started:6.1f} s] {what}", style=style, markup=False, highlight=False
         )
 
     def __call__(self, stage: str, status: dict[str, Any]) -> None:

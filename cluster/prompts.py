@@ -60,6 +60,7 @@ def encode_prompts(
                 token_ids=np.asarray(token_ids, dtype=np.int32),
                 text=text_of(record.prompt),
                 metadata=dict(record.metadata),
+                source=record.prompt,
             )
         )
     if not prompts:

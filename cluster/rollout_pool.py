@@ -12,8 +12,8 @@ from cluster import schedule
 from cluster.pool import FAILURES, DeadlineError, Handle, Member, Pool, cause_of, wait
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
-from protocol.messages import RolloutMeta, RolloutRequest
-from protocol.roles import Finished, Payload, Publication, RolloutRef
+from protocol.messages import Rollout, RolloutMeta, RolloutRequest
+from protocol.roles import Finished, Payload, Publication, RolloutRef, resolve
 from protocol.weights import VersionProof, WeightManifest
 
 _LOG = logging.getLogger(__name__)
@@ -86,6 +86,11 @@ class RolloutPool:
         return tuple(
             self._proven(member, ref, publication) for member, ref in zip(list(self._pool.members), refs, strict=True)
         )
+
+    def fetch(self, finished: Sequence[Finished]) -> list[Rollout]:
+        """Bring responses to this process, for people to read or for a file."""
+        timeout_s = self._deadlines.generate_s
+        return resolve([f.payload for f in finished], lambda steps: ray.get(steps, timeout=timeout_s))
 
     def stop(self) -> None:
         """Stop every worker."""
@@ -195,3 +200,12 @@ def check_proof(proof: VersionProof, manifest: WeightManifest, *, bound: float) 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def put(rollouts: Sequence[Rollout]) -> list[Finished]:
+    """Bring responses that were kept in a file back to where the workers can read them."""
+    step = ray.put(tuple(rollouts))
+    return [
+        Finished(meta=RolloutMeta.of(rollout), payload=RolloutRef(step=step, place=place))
+        for place, rollout in enumerate(rollouts)
+    ]

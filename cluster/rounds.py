@@ -17,20 +17,32 @@ class Stages(Protocol):
         """Have a supervised policy, version 0."""
         ...
 
-    def reward_model(self) -> None:
-        """Have this round's reward model."""
+    def collect(self, state: RunState) -> None:
+        """Have this round's tasks for labelers."""
         ...
 
-    def calibrate(self) -> None:
-        """Start the rollout and scoring workers, and fix the reward model's zero and unit."""
+    def label(self, state: RunState) -> None:
+        """Have them labelled."""
         ...
 
-    def baseline(self) -> None:
+    def refresh(self, state: RunState) -> RunState:
+        """Have this round's reward model, if it is better than the one before, and say which one scores."""
+        ...
+
+    def calibrate(self, state: RunState) -> None:
+        """Have rollout and scoring workers, and fix the reward models' zero and unit."""
+        ...
+
+    def baseline(self, state: RunState) -> None:
         """Evaluate the supervised policy."""
         ...
 
     def roles(self, state: RunState) -> Roles:
         """Bring learner and rollout workers to the state's policy version, and return everybody."""
+        ...
+
+    def alarm(self, report: IterationReport) -> str | None:
+        """Judge an iteration by the round's guards; a reason ends the round."""
         ...
 
     def iterated(self, report: IterationReport, state: RunState) -> None:
@@ -41,27 +53,55 @@ class Stages(Protocol):
         """Evaluate and export the policy that a round ends with."""
         ...
 
+    def rank(self, state: RunState) -> RunState:
+        """Place it on the ladder, and say which policy is the best."""
+        ...
+
+    def reached(self, state: RunState) -> None:
+        """Make the beginning of a phase durable."""
+        ...
+
 
 def play(stages: Stages, config: RunConfig, state: RunState, *, announce: Callable[[RunState], None]) -> RunState:
-    """Run all phases that are left."""
+    """Run all phases that are left.
+
+    collect -> label -> refresh -> calibrate -> optimise -> evaluate -> rank -> next round
+    """
     while state.phase is not Phase.DONE:
         announce(state)
-        if state.phase is Phase.OPTIMISE:
-            for report, reached in driver.optimise(stages.roles(state), config, state):
-                stages.iterated(report, reached)
-                state = reached
-            continue
         match state.phase:
             case Phase.SFT:
                 stages.sft()
-            case Phase.REWARD_MODEL:
-                stages.reward_model()
+            case Phase.COLLECT:
+                stages.collect(state)
+            case Phase.LABEL:
+                stages.label(state)
+            case Phase.REFRESH:
+                state = stages.refresh(state)
             case Phase.CALIBRATE:
-                stages.calibrate()
+                stages.calibrate(state)
             case Phase.BASELINE:
-                stages.baseline()
+                stages.baseline(state)
+            case Phase.OPTIMISE:
+                state = _optimise(stages, config, state)
+                stages.reached(state)
+                continue
             case Phase.EVALUATE:
                 stages.evaluate(state)
+            case Phase.RANK:
+                state = stages.rank(state)
         state = schedule.after(state, config)
+        stages.reached(state)
     announce(state)
+    return state
+
+
+def _optimise(stages: Stages, config: RunConfig, state: RunState) -> RunState:
+    """Run a round's iterations until they are done or a guard stops them."""
+    for report, reached in driver.optimise(stages.roles(state), config, state):
+        alarm = stages.alarm(report)
+        state = reached if alarm is None else schedule.stopped(reached, alarm=alarm)
+        stages.iterated(report, state)
+        if alarm is not None:
+            break
     return state

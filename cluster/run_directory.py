@@ -59,15 +59,59 @@ class RunDirectory:
         """The evaluation before and after."""
         return self.root / "evaluation.json"
 
-    @property
-    def baseline(self) -> Path:
-        """The supervised policy's evaluation, kept until the comparison is written."""
-        return self.root / "baseline.json"
+    def evaluation_of(self, version: int) -> Path:
+        """A policy version's responses to the held-out prompts."""
+        return self.root / "evaluations" / f"v{version:03d}.jsonl"
 
     @property
-    def calibrations(self) -> Path:
-        """The zero and the unit of every reward."""
-        return self.root / "calibrations.json"
+    def reference_samples(self) -> Path:
+        """The reference policy's responses that fix the zero and the unit of every reward model."""
+        return self.root / "evaluations" / "reference.jsonl"
+
+    @property
+    def preferences(self) -> Path:
+        """Tasks and labels."""
+        return self.root / "preferences.db"
+
+    @property
+    def state(self) -> Path:
+        """Which phase the run is in."""
+        return self.root / "state.json"
+
+    @property
+    def ladder(self) -> Path:
+        """The ratings of the policy versions."""
+        return self.root / "ladder.json"
+
+    @property
+    def lineage(self) -> Path:
+        """What every artefact was made from."""
+        return self.root / "lineage.json"
+
+    @property
+    def report(self) -> Path:
+        """The run for people to read."""
+        return self.root / "report.html"
+
+    def round(self, number: int) -> Path:
+        """What belongs to one round."""
+        return self.root / "rounds" / f"r{number:03d}"
+
+    def comparisons(self, number: int) -> Path:
+        """The comparisons of a round, as its reward model was trained on them."""
+        return self.round(number) / "comparisons.jsonl"
+
+    def calibrations(self, number: int) -> Path:
+        """The zero and the unit of every reward in a round."""
+        return self.round(number) / "calibrations.json"
+
+    def refreshed(self, number: int) -> Path:
+        """What a round's refresh found, and which reward model scores."""
+        return self.round(number) / "refresh.json"
+
+    def round_report(self, number: int) -> Path:
+        """What a round did and where it ended."""
+        return self.round(number) / "round.json"
 
     @property
     def workers(self) -> Path:
@@ -86,6 +130,10 @@ class RunDirectory:
     def reward_model(self, version: int) -> Path:
         """A reward model as a Hugging Face directory."""
         return self.root / "reward_models" / f"v{version:03d}"
+
+    def heldout_reward_model(self, version: int) -> Path:
+        """The reward model of the other half of the comparisons."""
+        return self.root / "reward_models" / f"v{version:03d}_heldout"
 
 
 def claim(config: RunConfig) -> RunDirectory:
@@ -180,3 +228,21 @@ def _differences(old: object, new: object, path: str = "") -> list[str]:
         keys = sorted({*old, *new})
         return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
     return [] if old == new else [f"{path} was {old!r}, now {new!r}"]
+
+
+def store_url(config: RunConfig, directory: RunDirectory) -> str:
+    """Say where tasks and labels are kept.
+
+    Raises:
+        UserError: If the environment variable that should say so is not set.
+    """
+    name = config.rounds.store_env
+    if name is None:
+        return f"sqlite:///{directory.preferences}"
+    if not os.environ.get(name):
+        raise UserError(
+            f"the environment variable {name} is not set",
+            where="rounds.store_env",
+            next_step=f"export {name}=postgresql+psycopg://USER@HOST/DATABASE",
+        )
+    return os.environ[name]

@@ -14,16 +14,28 @@ CALIBRATION = -2
 """Likewise for the samples that fix a reward model's zero and unit."""
 
 
+JUDGING = -3
+"""Likewise for a judge's answers."""
+COLLECTION = -4
+"""Likewise for the responses that are put before labelers; of several policies the second has -5, and so on."""
+
+
 class Phase(StrEnum):
-    """The phases of a run, in their order."""
+    """The phases of a run. `SFT` and `BASELINE` come once, the others in every round, in this order."""
 
     SFT = "sft"
-    REWARD_MODEL = "reward_model"
+    COLLECT = "collect"
+    LABEL = "label"
+    REFRESH = "refresh"
     CALIBRATE = "calibrate"
     BASELINE = "baseline"
     OPTIMISE = "optimise"
     EVALUATE = "evaluate"
+    RANK = "rank"
     DONE = "done"
+
+
+_ORDER = {phase: number for number, phase in enumerate(Phase)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +47,19 @@ class RunState:
     iteration: int = 0
     """Iterations done in this round."""
     policy_version: int = 0
+    reward_version: int | None = None
+    """The reward model that scores; a round's first is numbered one less than the round."""
+    best_version: int = 0
+    """The policy that the ladder holds for the best."""
+    last_version: int = 0
+    """The policy that the round before ended with."""
+    alarm: str | None = None
+    """Why a guard stopped this round early."""
+
+    @property
+    def position(self) -> tuple[int, int, int]:
+        """Where the run stands; grows as it goes on."""
+        return self.round, _ORDER[self.phase], self.iteration
 
     def to_json(self) -> dict[str, Any]:
         """Write the state as plain JSON values."""
@@ -43,29 +68,79 @@ class RunState:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Read what `to_json` wrote."""
-        numbers = {name: int(values[name]) for name in ("round", "iteration", "policy_version")}
-        return cls(phase=Phase(values["phase"]), **numbers)
+        rest = {name: value for name, value in values.items() if name != "phase"}
+        return cls(phase=Phase(values["phase"]), **rest)
 
 
 def after(state: RunState, config: RunConfig) -> RunState:
     """Say what follows a finished phase (or, while optimising, a finished iteration)."""
     match state.phase:
-        case Phase.SFT:
-            return replace(state, phase=Phase.REWARD_MODEL)
-        case Phase.REWARD_MODEL:
-            return replace(state, phase=Phase.CALIBRATE)
-        case Phase.CALIBRATE:
-            return replace(state, phase=Phase.BASELINE)
-        case Phase.BASELINE:
-            return replace(state, phase=Phase.OPTIMISE)
         case Phase.OPTIMISE:
             done = state.iteration + 1
-            phase = Phase.EVALUATE if done >= config.rounds.iterations else Phase.OPTIMISE
+            phase = Phase.EVALUATE if done >= config.rounds.of(state.round).iterations else Phase.OPTIMISE
             return replace(state, phase=phase, iteration=done, policy_version=state.policy_version + 1)
-        case Phase.EVALUATE:
-            return replace(state, phase=Phase.DONE)
+        case Phase.CALIBRATE if state.round == 1:
+            return replace(state, phase=Phase.BASELINE)
+        case Phase.CALIBRATE:
+            return _optimising(state)
+        case Phase.BASELINE:
+            return _optimising(state)
+        case Phase.RANK if state.round < config.rounds.count:
+            return replace(
+                state,
+                phase=Phase.COLLECT,
+                round=state.round + 1,
+                iteration=0,
+                last_version=state.policy_version,
+                alarm=None,
+            )
         case Phase.DONE:
             return state
+        case phase:
+            following = Phase.DONE if phase is Phase.RANK else list(Phase)[_ORDER[phase] + 1]
+            return replace(state, phase=following)
+
+
+def _optimising(state: RunState) -> RunState:
+    """Begin a round's iterations; from the second round on, what they start from is published as a version."""
+    version = state.policy_version + (state.round > 1)
+    return replace(state, phase=Phase.OPTIMISE, policy_version=version)
+
+
+def stopped(state: RunState, *, alarm: str) -> RunState:
+    """End a round's iterations early."""
+    return replace(state, phase=Phase.EVALUATE, alarm=alarm)
+
+
+def scored_by(state: RunState, reward_version: int | None) -> RunState:
+    """Take note of the reward model that scores."""
+    return replace(state, reward_version=reward_version)
+
+
+def promoted(state: RunState, best_version: int) -> RunState:
+    """Take note of the best policy."""
+    return replace(state, best_version=best_version)
+
+
+def named_version(name: str, state: RunState) -> int:
+    """Turn a policy's name in the configuration into its version.
+
+    Args:
+        name: `sft`, `current`, `previous`, `best`, or a version such as `v020`.
+        state: Where the run stands.
+
+    Returns:
+        The version; `current` and `previous` are what the round before ended with, once there was one.
+    """
+    match name:
+        case "sft":
+            return 0
+        case "current" | "previous":
+            return state.last_version
+        case "best":
+            return state.best_version
+        case _:
+            return int(name[1:])
 
 
 def checkpoint_is_due(state: RunState, config: RunConfig) -> bool:
@@ -75,13 +150,31 @@ def checkpoint_is_due(state: RunState, config: RunConfig) -> bool:
 
 
 def requests(
-    prompts: Sequence[Prompt], config: RunConfig, *, round: int, iteration: int, samples: int | None = None
+    prompts: Sequence[Prompt],
+    config: RunConfig,
+    *,
+    round: int,
+    iteration: int,
+    samples: int | None = None,
+    temperatures: Sequence[float] | None = None,
 ) -> tuple[RolloutRequest, ...]:
     """Turn prompts into requests, in key order within each prompt's place.
 
     A prompt that comes twice in one batch gets further sample numbers, so that keys stay unique.
+
+    Args:
+        prompts: In the order of the batch.
+        config: The run's configuration.
+        round: For the keys.
+        iteration: Likewise.
+        samples: Responses a prompt; the configured number if not given.
+        temperatures: Dealt out over a prompt's samples in turn; the configured one if not given.
+
+    Returns:
+        One request a response.
     """
     num_samples = config.rollout.samples_per_prompt if samples is None else samples
+    dealt = temperatures or (config.rollout.temperature,)
     seen: dict[str, int] = {}
     result: list[RolloutRequest] = []
     for prompt in prompts:
@@ -95,6 +188,7 @@ def requests(
                     prompt=prompt,
                     seed=key.seed(config.run.seed),
                     max_response_tokens=config.rollout.max_response_tokens,
+                    temperature=dealt[(sample - first) % len(dealt)],
                 )
             )
     return tuple(result)

@@ -1,6 +1,7 @@
 """The scoring workers as one role: groups by key, scored by reward and reference workers while generation goes on."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,9 +10,10 @@ from numpy.typing import NDArray
 from cluster import schedule
 from cluster.pool import Handle, Pool, wait
 from configs.cluster import DeadlinesConfig
-from configs.scoring import ScoringConfig
+from configs.scoring import HELDOUT, ScoringConfig
 from protocol import metrics as names
 from protocol.messages import ReferenceSummary, RewardScores, RolloutKey
+from protocol.records import Text
 from protocol.roles import Finished, ScoredGroup, ScoredReferences, ScoringSummary
 
 
@@ -101,6 +103,30 @@ class ScoringPool:
         scored: list[dict[str, NDArray[np.float32]]] = self._wait(refs, "raw scores")
         return {name: np.concatenate([part[name] for part in scored]) for name in scored[0]}
 
+    def score_texts(self, path: str, prompts: Sequence[Text], responses: Sequence[str]) -> NDArray[np.float32]:
+        """Have a reward model that rewards nothing score texts, raw: the labeler `reward_model`.
+
+        Args:
+            path: The model's directory or hub id.
+            prompts: [B] text or messages.
+            responses: [B] one response each.
+
+        Returns:
+            [B] scores, in the order given.
+        """
+        size = self._config.group_responses
+        workers = [member.handle for member in self.rewards.members]
+        refs = [
+            workers[n % len(workers)].score_texts.remote(path, prompts[at : at + size], responses[at : at + size])
+            for n, at in enumerate(range(0, len(prompts), size))
+        ]
+        return np.concatenate(self._wait(refs, "scores for labels"))
+
+    def load(self, *, trained: Path | None, heldout: Path | None) -> None:
+        """Give every reward worker a round's reward models."""
+        refs = [member.handle.load.remote(trained=trained, heldout=heldout) for member in self.rewards.members]
+        self._wait(refs, "loading reward models")
+
     def use(self, calibrations: Mapping[str, Any]) -> None:
         """Give every reward worker the zero and unit of its components."""
         refs = [member.handle.load.remote(calibrations=calibrations) for member in self.rewards.members]
@@ -134,7 +160,9 @@ def summarise(rewards: Sequence[RewardScores], references: Sequence[ReferenceSum
     }
     means = {names.OBJECTIVE_SCORE: float(np.mean(list(scores.values())))}
     for name in rewards[0].components:
-        means[f"score/{name}"] = float(np.mean(np.concatenate([part.components[name] for part in rewards])))
+        means[names.SCORE_PREFIX + name] = float(np.mean(np.concatenate([part.components[name] for part in rewards])))
+    if HELDOUT in rewards[0].components:
+        means[names.HELDOUT_GAP] = means[names.OBJECTIVE_SCORE] - means[names.SCORE_PREFIX + HELDOUT]
     for name, values in gold.items():
         means[names.GOLD_PREFIX + name] = float(np.mean(list(values.values())))
     busy = {

@@ -8,9 +8,12 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from rich.tree import Tree
 
+from cluster import lineage
 from cluster.checkpoint import committed
+from cluster.lineage import Artefact
 from cluster.run_directory import RunDirectory
-from cluster.tracking import evaluation_table
+from cluster.schedule import RunState
+from cluster.tracking import evaluation_table, ladder_table
 from configs.load import config_hash
 from configs.run import RunConfig
 from protocol import metrics as names
@@ -31,9 +34,11 @@ def describe(run: Path, config: RunConfig) -> RenderableType:
     parts: list[RenderableType] = [_lineage(directory, config)]
     last = last_metrics(directory.metrics)
     if last is not None:
+        number = int(last[names.COUNTER_ROUND])
         parts.append(
             Text(
-                f"last iteration: {int(last[names.COUNTER_ITERATION]) + 1} of {config.rounds.iterations}, "
+                f"last iteration: round {number}, {int(last[names.COUNTER_ITERATION]) + 1} of "
+                f"{config.rounds.of(number).iterations}, "
                 f"score {last[names.OBJECTIVE_SCORE]:+.3f}, KL {last[names.OBJECTIVE_KL]:.2f}, "
                 f"{last[names.TIME_ITERATION]:.2f} s"
             )
@@ -42,7 +47,12 @@ def describe(run: Path, config: RunConfig) -> RenderableType:
     parts.append(Text(f"checkpoints: {', '.join(path.name for path in checkpoints) or 'none yet'}"))
     if directory.evaluation.exists():
         parts.append(evaluation_table(json.loads(directory.evaluation.read_text())))
+    if directory.ladder.exists():
+        parts.append(ladder_table(json.loads(directory.ladder.read_text())))
     done = directory.finished.exists()
+    if not done and directory.state.exists():
+        state = RunState.from_json(json.loads(directory.state.read_text()))
+        parts.append(Text(f"phase: round {state.round}, {state.phase.value}"))
     parts.append(Text("finished" if done else f"not finished; go on with: rondo resume {run}"))
     return Group(*parts)
 
@@ -56,12 +66,32 @@ def last_metrics(path: Path) -> dict[str, Any] | None:
 
 
 def _lineage(directory: RunDirectory, config: RunConfig) -> Tree:
+    """Draw what was made from what: every artefact under the first thing it was made from."""
     tree = Tree(f"{directory.root.name} (config {config_hash(config)}, algorithm {config.algorithm.name})")
-    versions = policies(directory.root)
-    base = tree.add("policy v000 (SFT)" if 0 in versions else "no supervised policy yet")
-    for version in _versions(directory.root / "reward_models"):
-        base.add(f"reward model v{version:03d}")
-    for version in versions:
-        if version:
-            base.add(f"policy v{version:03d}")
+    artefacts = lineage.read(directory.lineage)
+    if not artefacts:
+        tree.add("nothing has been made yet")
+    best = RunState.from_json(json.loads(directory.state.read_text())).best_version if directory.state.exists() else 0
+    branches: dict[str, Tree] = {}
+    for artefact in artefacts:
+        parent = artefact.parents[0] if artefact.parents else None
+        branch = tree if parent is None else branches.get(parent, tree)
+        star = "  * best" if artefact.name == f"policies/v{best:03d}" else ""
+        branches[artefact.name] = branch.add(Text(_describe(artefact) + star))
     return tree
+
+
+def _describe(artefact: Artefact) -> str:
+    """Put an artefact into a line: its name, its round, and what else it was made from."""
+    others = artefact.parents[1:]
+    made_with = f" with {', '.join(others)}" if others else ""
+    data = artefact.data
+    figures = {
+        "policy": [f"{data['iterations']} iterations"] if "iterations" in data else ["supervised"],
+        "reward_model": [f"held-out accuracy {data['held-out accuracy']:.3f}"] if "held-out accuracy" in data else [],
+        "comparisons": [f"{data['rows']} comparisons"] if "rows" in data else [],
+    }[artefact.kind]
+    if "stopped" in data:
+        figures.append(f"stopped: {data['stopped']}")
+    when = f"round {artefact.round}: " if artefact.round else ""
+    return f"{artefact.name} ({when}{', '.join(figures)}){made_with}"

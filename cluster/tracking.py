@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from configs.scoring import HELDOUT
 from protocol import metrics as names
 from protocol.messages import IterationReport, SampleText
 
@@ -94,21 +95,32 @@ class TensorBoard:
 class Terminal:
     """One line an iteration, with a few decoded samples under it."""
 
-    def __init__(self, console: Console, *, num_iterations: int, samples_period: int) -> None:
+    def __init__(self, console: Console, *, num_iterations: Mapping[int, int], samples_period: int) -> None:
+        """Begin to print.
+
+        Args:
+            console: Where to.
+            num_iterations: Round -> its iterations.
+            samples_period: Samples are printed every so many iterations.
+        """
         self._console = console
         self._num_iterations = num_iterations
         self._period = samples_period
 
     def write(self, report: IterationReport) -> None:
         """Print one iteration."""
-        self._console.print(Text(line(report, num_iterations=self._num_iterations)))
+        num_iterations = self._num_iterations[report.round]
+        self._console.print(Text(line(report, num_iterations=num_iterations)))
         done = report.iteration + 1
-        if done % self._period == 0 or done in (1, self._num_iterations):
+        if done % self._period == 0 or done in (1, num_iterations):
             for sample in report.samples:
                 self._console.print(sample_text(sample))
 
     def close(self) -> None:
         """Have nothing to finish."""
+
+
+_HELDOUT = names.SCORE_PREFIX + HELDOUT
 
 
 def line(report: IterationReport, *, num_iterations: int) -> str:
@@ -118,6 +130,7 @@ def line(report: IterationReport, *, num_iterations: int) -> str:
     parts = [
         f"iteration {report.iteration + 1:>{len(str(num_iterations))}}/{num_iterations}",
         f"score {m[names.OBJECTIVE_SCORE]:+.3f}",
+        *([f"held-out {m[_HELDOUT]:+.3f}"] if _HELDOUT in m else []),
         *([] if gold is None else [f"gold {gold:+.3f}"]),
         f"KL {m[names.OBJECTIVE_KL]:.2f}",
         f"tokens {m[names.ROLLOUT_TOKENS_MEAN]:.1f}",
@@ -161,13 +174,44 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-_NOT_ROWS = ("policy_version", "win_rate", "win_rate_ci95")
+_NOT_ROWS = ("policy_version", "win_rate", "win_rate_ci95", "kl_k1_sem")
 _LABELS = {
     "kl_k1_per_sequence": "KL to SFT (nats a sequence)",
     "response_tokens_mean": "response length (tokens)",
     "score_mean": "score (reward model, in SFT standard deviations)",
     "gold_mean": "gold score",
 }
+
+
+def ladder_table(result: Mapping[str, Any]) -> Table:
+    """Lay out ladder.json: every version's rating with its interval, best first."""
+    table = Table(title=f"Ladder: Elo over {result['anchor']} (SFT), 95% intervals, judged by {result['judge']}")
+    for header in ("version", "Elo", "interval", "comparisons"):
+        table.add_column(header, justify="left" if header == "version" else "right")
+    for rating in result["ratings"]:
+        low, high = rating["ci"]
+        star = " *" if rating["version"] == result["best"] else ""
+        table.add_row(
+            rating["version"] + star,
+            f"{rating['elo']:+.0f}",
+            "anchor" if rating["version"] == result["anchor"] else f"[{low:+.0f}, {high:+.0f}]",
+            str(rating["num_comparisons"]),
+        )
+    table.caption = "* the best so far"
+    return table
+
+
+def wins_table(result: Mapping[str, Any]) -> Table:
+    """Lay out how often each version won against each other."""
+    table = Table(title="Who won how often (a tie counts half)")
+    for header in ("version", "over", "win rate", "interval", "wins", "ties", "losses"):
+        table.add_column(header, justify="left" if header in ("version", "over") else "right")
+    for pair in result["pairs"]:
+        if pair["num_comparisons"]:
+            low, high = pair["win_rate_ci"]
+            counts = (str(pair[name]) for name in ("wins", "ties", "losses"))
+            table.add_row(pair["version"], pair["over"], f"{pair['win_rate']:.3f}", f"[{low:.3f}, {high:.3f}]", *counts)
+    return table
 
 
 class Sinks:

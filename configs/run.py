@@ -12,7 +12,7 @@ from configs.learner import LearnerConfig
 from configs.models import ModelsConfig
 from configs.rollout import RolloutConfig
 from configs.rounds import RoundsConfig
-from configs.scoring import ModelRewardConfig, ScoringConfig
+from configs.scoring import HELDOUT, ModelRewardConfig, ScoringConfig
 from configs.tracking import TrackingConfig
 
 
@@ -38,6 +38,11 @@ class RunConfig(Section):
     rounds: RoundsConfig = RoundsConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def trains_reward_model(self) -> bool:
+        """Whether the run trains reward models of its own."""
+        return any(isinstance(r, ModelRewardConfig) and r.path == "trained" for r in self.scoring.rewards)
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
@@ -82,13 +87,16 @@ class RunConfig(Section):
             raise ValueError(
                 "models.policy.scratch needs data.demonstrations to train the tokenizer and the SFT policy"
             )
-        trained = any(isinstance(r, ModelRewardConfig) and r.path == "trained" for r in self.scoring.rewards)
+        trained = self.trains_reward_model
         if not self.scoring.rewards:
             raise ValueError("scoring.rewards is empty: name at least one reward")
         if trained and self.models.reward.init == "none":
             raise ValueError("scoring.rewards uses the trained reward model, but models.reward.init is none")
-        if trained and self.data.preferences is None:
-            raise ValueError("training a reward model needs data.preferences")
+        if trained and self.data.preferences is None and self.rounds.of(1).collect.comparisons == 0:
+            raise ValueError(
+                "training a reward model needs data.preferences, or comparisons collected in the first round "
+                "(rounds.collect.comparisons)"
+            )
         if self.models.critic.init == "reward" and not any(
             isinstance(r, ModelRewardConfig) for r in self.scoring.rewards
         ):
@@ -96,12 +104,24 @@ class RunConfig(Section):
         names = [reward.name for reward in self.scoring.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"scoring.rewards has two rewards of one name: {', '.join(names)}")
+        if HELDOUT in names:
+            raise ValueError(f"scoring.rewards: the name {HELDOUT} is that of the held-out reward model")
         return self
 
     @model_validator(mode="after")
-    def _one_round(self) -> Self:
-        if self.rounds.count > 1:
-            raise ValueError("rounds.count > 1 is not available in this version: a run is one round")
+    def _rounds_fit(self) -> Self:
+        if self.trains_reward_model:
+            return self
+        for number in range(1, self.rounds.count + 1):
+            if self.rounds.of(number).collect.comparisons:
+                raise ValueError(
+                    f"round {number} collects comparisons (rounds.collect), but no reward model is trained on them: "
+                    "scoring.rewards names none with path trained"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_unavailable(self) -> Self:
         if self.data.pretraining is not None:
             raise ValueError("data.pretraining is not available in this version")
         return self

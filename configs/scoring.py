@@ -7,6 +7,10 @@ from pydantic import Field
 from configs.base import DottedPath, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
 
+HELDOUT = "heldout"
+"""The component that the held-out reward model's scores are recorded as."""
+
+
 class ModelRewardConfig(Section):
     """A score from a reward model."""
 

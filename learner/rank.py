@@ -13,10 +13,12 @@ from configs.models import ModelsConfig
 from configs.run import RunConfig
 from configs.scoring import ModelRewardConfig
 from learner import checkpoint, records, reward_modelling, supervised, weight_sender
+from learner.comparisons import RewardModelJob
 from learner.engine import DeepSpeedEngine
 from learner.experience import PassSettings
 from learner.export import export_policy, padding_id
 from learner.models import ScalarModel, load_critic, load_policy, load_scalar, scalar_from_policy
+from learner.stored_policy import StoredPolicy
 from learner.supervised_loop import StageContext, layout_of
 from learner.training import NonFiniteError, RankContext
 from learner.update import Updater, UpdateSettings
@@ -63,22 +65,26 @@ class Rank:
         """Fine-tune the policy on demonstrations."""
         return supervised.train_sft(self._config, self._stage_context(), output=output, report=self._report)
 
-    def train_reward_model(self, *, policy: Path, output: Path) -> dict[str, Any]:
+    def train_reward_model(self, job: RewardModelJob) -> dict[str, Any]:
         """Train a reward model on comparisons."""
-        return reward_modelling.train_reward_model(
-            self._config, self._stage_context(), policy=policy, output=output, report=self._report
-        )
+        return reward_modelling.train_reward_model(self._config, self._stage_context(), job=job, report=self._report)
 
-    def start_rl(self, *, policy: Path, reward_model: Path | None) -> None:
+    def finish_rl(self) -> None:
+        """Give up the engines of policy and critic, and their memory."""
+        if self._updater is not None:
+            for engine in (self._updater.policy, self._updater.critic):
+                engine.close()
+        self._updater = None
+
+    def start_rl(self, *, policy: Path, reward_model: Path | None, iterations: int) -> None:
         """Build the engines of policy and critic; those of a round before are given up.
 
         Args:
             policy: The directory that the policy starts from.
             reward_model: This round's reward model, if one was trained.
+            iterations: Of the round; the schedules of the learning rates end with it.
         """
-        if self._updater is not None:
-            for engine in (self._updater.policy, self._updater.critic):
-                engine.close()
+        self.finish_rl()
         config = self._config
         learner, algorithm = config.learner, config.algorithm
         network = load_policy(policy, precision=learner.precision)
@@ -86,15 +92,13 @@ class Rank:
         self._tokenizer = load_tokenizer(policy)
         minibatches = config.rollout.responses_per_iteration // algorithm.minibatch_responses
         steps = minibatches * algorithm.num_epochs
-        policy_iterations = max(1, config.rounds.iterations - algorithm.critic_warmup_iterations)
+        policy_iterations = max(1, iterations - algorithm.critic_warmup_iterations)
         make = partial(DeepSpeedEngine, settings=learner, context=self.context)
         self._updater = Updater(
             policy=make(
                 network, optimizer=learner.policy_optimizer, name="policy", total_steps=steps * policy_iterations
             ),
-            critic=make(
-                critic, optimizer=learner.critic_optimizer, name="critic", total_steps=steps * config.rounds.iterations
-            ),
+            critic=make(critic, optimizer=learner.critic_optimizer, name="critic", total_steps=steps * iterations),
             settings=UpdateSettings(
                 algorithm=algorithm,
                 passes=PassSettings(
@@ -145,6 +149,18 @@ class Rank:
             dtype=self._config.rollout.dtype,
         )
         self.policy_version = policy_version
+
+    def publish_stored(self, directory: Path, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
+        """Publish a policy that was exported before, under its own version; rank 0 does it alone."""
+        if self.context.rank != 0:
+            return
+        stored = StoredPolicy(load_policy(directory, precision=self._config.learner.precision), self.context)
+        yield from weight_sender.publish(
+            stored,
+            policy_version=policy_version,
+            bucket_bytes=int(self._config.learner.bucket_mib * 2**20),
+            dtype=self._config.rollout.dtype,
+        )
 
     def samples(self, keys: Sequence[RolloutKey]) -> tuple[SampleText, ...]:
         """Decode a few responses of the last batch."""

@@ -5,8 +5,6 @@ completion runs through the network once however many pairs it is in, and no pro
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,8 @@ from torch import Tensor
 from configs.load import config_hash
 from configs.run import RunConfig
 from learner import batch
-from learner.batch import Layout, MicroBatch, TokenSequence
+from learner.batch import Layout, MicroBatch
+from learner.comparisons import Comparisons, ComparisonSource, RewardModelJob, read_comparisons, split
 from learner.export import export_reward_model, padding_id
 from learner.models import ScalarModel, load_scalar, scalar_from_policy
 from learner.ops.reward_model import pairwise_loss
@@ -27,44 +26,21 @@ from learner.supervised_loop import (
     StageContext,
     check_ranks_agree,
     context_tokens,
-    encode_pair,
     layout_of,
     own_groups,
     run_steps,
-    split_by_prompt,
     stage_seed,
 )
 from learner.training import TrainingEngine
-from learner.validation import validation_report
-from protocol.datasets import ReadReport, read_preferences
+from learner.validation import paired_gain, validation_report
 from protocol.errors import UserError
-from protocol.records import PreferenceRecord
 from protocol.tokens import load_tokenizer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparisons:
-    """One prompt's completions, and the pairs among them."""
-
-    sequences: tuple[TokenSequence, ...]
-    """[K] the prompt with each of its different completions."""
-    better: tuple[int, ...]
-    """[P] which completion each pair prefers."""
-    worse: tuple[int, ...]
-    """[P] to which."""
-    margins: tuple[float, ...]
-    """[P] by how much, in units of the score; 0 where nobody said."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the completions take when they are stacked."""
-        return len(self.sequences) * max(sequence.num_tokens for sequence in self.sequences)
 
 
 class ComparisonTask:
     """Score the better response higher.
 
-        L = mean over prompts of mean over the prompt's pairs of -log sigma(s_w - s_l - margin)
+        L = weighted mean over prompts of mean over the prompt's pairs of -log sigma(s_w - s_l - margin)
 
     Args:
         elements: The comparisons of each prompt.
@@ -89,8 +65,8 @@ class ComparisonTask:
         self._layout: Layout = layout
 
     def normalizer(self, indices: Sequence[int]) -> float:
-        """Count the prompts of a step."""
-        return float(len(indices))
+        """Add up the weights of a step's prompts."""
+        return sum(self.elements[index].weight for index in indices)
 
     def loss(self, forward: Forward, indices: Sequence[int], *, normalizer: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute a micro-batch's share of the loss; a pair's two scores are always in the same one."""
@@ -99,7 +75,7 @@ class ComparisonTask:
         starts = np.cumsum([0, *(len(element.sequences) for element in elements)])
         better = [start + i for start, element in zip(starts, elements, strict=False) for i in element.better]
         worse = [start + i for start, element in zip(starts, elements, strict=False) for i in element.worse]
-        weights = [1 / (normalizer * len(element.better)) for element in elements for _ in element.better]
+        weights = [element.weight / (normalizer * len(element.better)) for element in elements for _ in element.better]
         margins = [margin for element in elements for margin in element.margins]
         return pairwise_loss(
             scores[torch.tensor(better, dtype=torch.int64, device=self._device)],
@@ -121,33 +97,29 @@ class ComparisonTask:
 
 
 def train_reward_model(
-    config: RunConfig, context: StageContext, *, policy: Path, output: Path, report: Report
+    config: RunConfig, context: StageContext, *, job: RewardModelJob, report: Report
 ) -> dict[str, Any]:
-    """Train a reward model on the run's preferences and write it; all ranks call this.
+    """Train a reward model and write it; all ranks call this.
 
     Args:
         config: The run's configuration.
         context: This rank's place.
-        policy: The supervised policy: gives the tokenizer and, unless configured otherwise, the trunk.
-        output: The directory that rank 0 writes, with reward_model_report.json in it; must not exist.
+        job: What to train on, where to start and where to write.
         report: Takes progress.
 
     Returns:
-        The validation report on held-out prompts.
+        The validation report on held-out prompts: all sources together, each source, and, where there is an incumbent,
+        the gain over it.
 
     Raises:
         UserError: If data or model cannot be used.
     """
     settings = config.learner.reward_model
-    tokenizer = load_tokenizer(policy)
-    model = _initial_model(config, policy)
-    elements, reading = read_comparisons(config, tokenizer, context_tokens=context_tokens(model))
-    train, heldout = split_by_prompt(
-        [element.sequences[0].prompt_ids.tobytes() for element in elements],
-        fraction=settings.heldout_fraction,
-        seed=stage_seed(config.run.seed, "reward model", "held-out"),
-    )
-    steps = _steps(config, elements, train)
+    tokenizer = load_tokenizer(job.policy)
+    model = _initial_model(config, job)
+    elements, reading = read_comparisons(config, tokenizer, job.sources, context_tokens=context_tokens(model))
+    train, heldout = split(elements, job, fraction=settings.heldout_fraction, seed=config.run.seed)
+    steps = _steps(config, elements, train, job=job)
     layout = layout_of(model, config.learner)
     engine = context.make_engine(model, optimizer=settings.optimizer, name="reward model", total_steps=len(steps))
     check_ranks_agree(engine, (sequence for element in elements for sequence in element.sequences))
@@ -159,106 +131,50 @@ def train_reward_model(
         device=context.device,
     )
     figures = run_steps(engine, task, steps, settings=config.learner, report=report)
+    scores = _scores(engine, task, heldout, config=config)
     summary: dict[str, Any] = {
+        "round": job.round,
+        "trained_on": job.half,
         "num_train_prompts": len(train),
         "num_train_pairs": sum(len(elements[index].better) for index in train),
         "num_dropped": reading.num_dropped,
         "num_steps": len(steps),
         "train_loss": figures["loss"],
-        "heldout": _validate(engine, task, heldout, config=config),
+        "sources": _sources(elements, job.sources, train),
+        "heldout": _judged(scores, task, heldout),
+        "heldout_by_source": {
+            source.name: _judged(scores, task, [i for i in heldout if elements[i].source == source.name])
+            for source in job.sources
+            if any(elements[i].source == source.name for i in heldout)
+        },
     }
-    card = _card(config, output, policy=policy, data=reading.summary(), summary=summary)
-    export_reward_model(engine, tokenizer, output, card=card, report=summary)
+    if job.incumbent is not None:
+        summary["gate"] = _gate(config, context, job, task=task, heldout=heldout, scores=scores)
+    card = _card(config, job, data=reading.summary(), summary=summary)
+    export_reward_model(engine, tokenizer, job.output, card=card, report=summary)
     engine.close()
     return summary
 
 
-def read_comparisons(
-    config: RunConfig, tokenizer: Any, *, context_tokens: int | None
-) -> tuple[list[Comparisons], ReadReport]:
-    """Read the run's preferences, encode them, and gather them by prompt.
-
-    Args:
-        config: The run's configuration.
-        tokenizer: The policy's.
-        context_tokens: The longest sequence that the reward model takes; None for no limit.
-
-    Returns:
-        The comparisons of each prompt, in the order of first appearance, and what became of the rows.
-
-    Raises:
-        UserError: If fewer than two prompts are left.
-    """
-    source = config.data.preferences
-    assert source is not None
-    reading = ReadReport(source=source.source)
-    by_prompt: dict[bytes, list[_EncodedPair]] = {}
-    records = read_preferences(
-        source.source, split=source.split, seed=config.run.seed, count=source.count, report=reading
-    )
-    for number, record in enumerate(records, start=1):
-        pair = _encode(tokenizer, record)
-        if context_tokens is not None and max(pair.better.num_tokens, pair.worse.num_tokens) > context_tokens:
-            reading.drop(f"longer than the model's context of {context_tokens} tokens", f"pair {number}")
-            reading.num_kept -= 1
-            continue
-        by_prompt.setdefault(pair.better.prompt_ids.tobytes(), []).append(pair)
-    if len(by_prompt) < 2:
-        raise UserError(
-            f"a reward model needs comparisons on at least two prompts, one to train on and one to hold out: "
-            f"{reading.summary()}",
-            where="data.preferences",
-        )
-    return [_comparisons(pairs) for pairs in by_prompt.values()], reading
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _EncodedPair:
-    better: TokenSequence
-    worse: TokenSequence
-    margin: float
-
-
-def _encode(tokenizer: Any, record: PreferenceRecord) -> _EncodedPair:
-    return _EncodedPair(
-        better=encode_pair(tokenizer, record.prompt, record.chosen),
-        worse=encode_pair(tokenizer, record.prompt, record.rejected),
-        margin=0.0 if record.margin is None else record.margin,
-    )
-
-
-def _comparisons(pairs: Sequence[_EncodedPair]) -> Comparisons:
-    """Gather one prompt's pairs; a completion that several of them share is kept once."""
-    place: dict[bytes, int] = {}
-    sequences: list[TokenSequence] = []
-    sides: list[int] = []
-    for sequence in (side for pair in pairs for side in (pair.better, pair.worse)):
-        key = sequence.response_ids.tobytes()
-        if key not in place:
-            place[key] = len(sequences)
-            sequences.append(sequence)
-        sides.append(place[key])
-    return Comparisons(
-        sequences=tuple(sequences),
-        better=tuple(sides[::2]),
-        worse=tuple(sides[1::2]),
-        margins=tuple(pair.margin for pair in pairs),
-    )
-
-
-def _initial_model(config: RunConfig, policy: Path) -> ScalarModel:
+def _initial_model(config: RunConfig, job: RewardModelJob) -> ScalarModel:
     init, precision = config.models.reward.init, config.learner.precision
+    if job.start is not None:
+        return load_scalar(job.start, precision=precision)
     if init == "sft":
-        return scalar_from_policy(policy, seed=stage_seed(config.run.seed, "score head"), precision=precision)
+        return scalar_from_policy(job.policy, seed=stage_seed(config.run.seed, "score head"), precision=precision)
     return load_scalar(init, precision=precision)
 
 
-def _steps(config: RunConfig, elements: Sequence[Comparisons], train: Sequence[int]) -> list[list[int]]:
+def _steps(
+    config: RunConfig, elements: Sequence[Comparisons], train: Sequence[int], *, job: RewardModelJob
+) -> list[list[int]]:
     """Plan the steps of all epochs: whole prompts, up to `batch_pairs` pairs a step."""
     settings = config.learner.reward_model
     steps: list[list[int]] = []
     for epoch in range(settings.num_epochs):
-        order = np.random.default_rng(stage_seed(config.run.seed, "reward model", epoch)).permutation(len(train))
+        order = np.random.default_rng(
+            stage_seed(config.run.seed, "reward model", job.round, job.half, epoch)
+        ).permutation(len(train))
         steps += _filled([train[place] for place in order], elements, size=settings.batch_pairs)
     return steps
 
@@ -275,10 +191,14 @@ def _filled(order: Sequence[int], elements: Sequence[Comparisons], *, size: int)
     yield step
 
 
-def _validate(
+def _scores(
     engine: TrainingEngine, task: ComparisonTask, heldout: Sequence[int], *, config: RunConfig
-) -> dict[str, Any]:
-    """Score the held-out prompts on all ranks and judge the scores."""
+) -> dict[int, NDArray[np.float64]]:
+    """Score every completion of the held-out prompts, on all ranks.
+
+    Returns:
+        Element -> [K] scores.
+    """
     starts = np.cumsum([0, *(len(task.elements[index].sequences) for index in heldout)])
     start_of = dict(zip(heldout, starts.tolist(), strict=False))
     scores = torch.zeros(int(starts[-1]), dtype=torch.float64, device=engine.context.device)
@@ -290,26 +210,89 @@ def _validate(
             scores[start_of[index] : start_of[index] + num] = found[taken : taken + num]
             taken += num
     everything: NDArray[np.float64] = engine.all_reduce_sum(scores).cpu().numpy()
-    return {"num_prompts": len(heldout)} | validation_report(
-        everything,
-        better=np.array([start_of[index] + i for index in heldout for i in task.elements[index].better]),
-        worse=np.array([start_of[index] + i for index in heldout for i in task.elements[index].worse]),
-        response_tokens=np.array(
-            [len(sequence.response_ids) for index in heldout for sequence in task.elements[index].sequences]
-        ),
+    return {index: everything[start : start + len(task.elements[index].sequences)] for index, start in start_of.items()}
+
+
+def _judged(scores: Mapping[int, NDArray[np.float64]], task: ComparisonTask, indices: Sequence[int]) -> dict[str, Any]:
+    """Judge the scores of some held-out prompts by their pairs."""
+    elements = [task.elements[index] for index in indices]
+    starts = np.cumsum([0, *(len(element.sequences) for element in elements)]).tolist()
+    return {"num_prompts": len(indices)} | validation_report(
+        np.concatenate([scores[index] for index in indices]),
+        better=np.array([start + i for start, e in zip(starts, elements, strict=False) for i in e.better]),
+        worse=np.array([start + i for start, e in zip(starts, elements, strict=False) for i in e.worse]),
+        response_tokens=np.array([len(sequence.response_ids) for e in elements for sequence in e.sequences]),
     )
 
 
-def _card(config: RunConfig, output: Path, *, policy: Path, data: str, summary: Mapping[str, Any]) -> dict[str, Any]:
-    init = config.models.reward.init
+def _gate(
+    config: RunConfig,
+    context: StageContext,
+    job: RewardModelJob,
+    *,
+    task: ComparisonTask,
+    heldout: Sequence[int],
+    scores: Mapping[int, NDArray[np.float64]],
+) -> dict[str, Any]:
+    """Judge the incumbent on the same held-out pairs, and say by how much the new model is better."""
+    assert job.incumbent is not None
+    settings = config.rounds.gate
+    newest = job.sources[-1].name
+    judged = [index for index in heldout if settings.pairs == "all" or task.elements[index].source == newest]
+    if not judged:
+        raise UserError(
+            f"no held-out pair of {newest} is there to compare the new reward model with the old one",
+            next_step="collect more comparisons a round, or raise learner.reward_model.heldout_fraction",
+        )
+    model = load_scalar(job.incumbent, precision=config.learner.precision)
+    optimizer = config.learner.reward_model.optimizer
+    engine = context.make_engine(model, optimizer=optimizer, name="incumbent", total_steps=1)
+    before = _scores(engine, task, judged, config=config)
+    engine.close()
+    gaps = [
+        [
+            (found[index][better] - found[index][worse])
+            for index in judged
+            for better, worse in zip(task.elements[index].better, task.elements[index].worse, strict=True)
+        ]
+        for found in (scores, before)
+    ]
+    return {"incumbent": job.incumbent.name, "pairs": settings.pairs} | paired_gain(
+        np.array(gaps[0]),
+        np.array(gaps[1]),
+        prompts=np.array([index for index in judged for _ in task.elements[index].better]),
+        metric=settings.metric,
+        confidence=settings.confidence,
+        resamples=settings.bootstrap_resamples,
+        seed=config.run.seed,
+    )
+
+
+def _sources(
+    elements: Sequence[Comparisons], sources: Sequence[ComparisonSource], train: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    trained_on = [elements[index] for index in train]
+    return {
+        source.name: {
+            "weight": source.weight,
+            "num_train_prompts": sum(element.source == source.name for element in trained_on),
+            "num_train_pairs": sum(len(e.better) for e in trained_on if e.source == source.name),
+        }
+        for source in sources
+    }
+
+
+def _card(config: RunConfig, job: RewardModelJob, *, data: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    init = f"policy {job.policy.name}" if config.models.reward.init == "sft" else config.models.reward.init
     heldout = {name: value for name, value in summary["heldout"].items() if isinstance(value, int | float)}
+    sections = ("heldout", "heldout_by_source", "sources", "gate")
     return {
         "run": config.run.name,
-        "version": output.name,
-        "base": f"policy {policy.name}" if init == "sft" else init,
+        "version": job.output.name,
+        "base": init if job.start is None else f"reward model {job.start.name}",
         "data": data,
         "algorithm": "Bradley-Terry on pairs",
         "config": config_hash(config),
-        "training": {name: value for name, value in summary.items() if name != "heldout"},
+        "training": {name: value for name, value in summary.items() if name not in sections},
         "held-out prompts": heldout,
     }

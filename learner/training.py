@@ -58,11 +58,8 @@ class StepResult:
     """False where a loss or gradient was not finite and `learner.on_nonfinite` is `skip`."""
 
 
-class TrainingEngine(Protocol):
-    """A network with its optimiser, spread over ranks.
-
-    All ranks call the same methods in the same order; `evaluate`, `forward` and `backward` equally often.
-    """
+class GatherableNetwork(Protocol):
+    """A network whose parameters can be collected: what publishing needs."""
 
     @property
     def context(self) -> RankContext:
@@ -74,6 +71,32 @@ class TrainingEngine(Protocol):
         """The network, for its attributes; call `forward` or `evaluate` rather than it."""
         ...
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network without gradient."""
+        ...
+
+    def parameter_shapes(self) -> Mapping[str, torch.Size]:
+        """Give the full shape of every parameter, by name, in a fixed order; tied ones once."""
+        ...
+
+    def gather(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Collect full parameters on every rank.
+
+        Args:
+            names: Of `parameter_shapes`; only these are gathered, so a caller bounds the memory.
+
+        Returns:
+            The parameters, detached. They may share memory with the network: copy them before the next step.
+        """
+        ...
+
+
+class TrainingEngine(GatherableNetwork, Protocol):
+    """A network with its optimiser, spread over ranks.
+
+    All ranks call the same methods in the same order; `evaluate`, `forward` and `backward` equally often.
+    """
+
     @property
     def num_steps(self) -> int:
         """Optimiser steps applied so far."""
@@ -81,10 +104,6 @@ class TrainingEngine(Protocol):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network and keep what the backward pass needs."""
-        ...
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the network without gradient."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -108,21 +127,6 @@ class TrainingEngine(Protocol):
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks; the argument may be overwritten."""
-        ...
-
-    def parameter_shapes(self) -> Mapping[str, torch.Size]:
-        """Give the full shape of every parameter, by name, in a fixed order; tied ones once."""
-        ...
-
-    def gather(self, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """Collect full parameters on every rank.
-
-        Args:
-            names: Of `parameter_shapes`; only these are gathered, so a caller bounds the memory.
-
-        Returns:
-            The parameters, detached. They may share memory with the network: copy them before the next step.
-        """
         ...
 
     def full_gradient(self) -> Mapping[str, Tensor]:

@@ -1,6 +1,6 @@
 """How good a reward model is on pairs that it has not seen. Pure numpy."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,64 @@ def expected_calibration_error(gaps: NDArray[np.float64]) -> tuple[float, list[d
     ]
     errors = [b["num_pairs"] * abs(b["observed_accuracy"] - b["predicted_accuracy"]) for b in bins]
     return float(np.sum(errors) / len(gaps)), bins
+
+
+def paired_gain(
+    new: NDArray[np.float64],
+    old: NDArray[np.float64],
+    *,
+    prompts: NDArray[np.int64],
+    metric: Literal["nll", "accuracy"],
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Compare two reward models on the same held-out pairs, with a bootstrap over prompts.
+
+        gain = mean (log sigma(gap_new) - log sigma(gap_old))      for nll, in nats
+        gain = mean ([gap_new > 0] - [gap_old > 0])                for accuracy
+
+    Each model's gaps are first divided by its own best temperature when the metric is nll, so that a model is not
+    called better for being less sure of itself.
+
+    Args:
+        new: [P] score of the better response minus the worse one's, by the new model.
+        old: [P] the same by the old one.
+        prompts: [P] the prompt of each pair; pairs of one prompt are drawn together.
+        metric: What is compared.
+        confidence: Of the two-sided interval.
+        resamples: Bootstrap resamples.
+        seed: Of the bootstrap.
+
+    Returns:
+        `metric`, `gain`, `ci_low`, `ci_high`, `passed` (the whole interval above zero), `num_pairs`, `num_prompts`, and
+        each model's `accuracy` and `nll_nats`.
+    """
+    per_pair = _log_likelihoods(new) - _log_likelihoods(old) if metric == "nll" else (new > 0) * 1.0 - (old > 0) * 1.0
+    _, index = np.unique(prompts, return_inverse=True)
+    sums, counts = np.bincount(index, weights=per_pair), np.bincount(index)
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(counts), size=(resamples, len(counts)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return {
+        "metric": metric,
+        "gain": float(per_pair.mean()),
+        "ci_low": float(low),
+        "ci_high": float(high),
+        "passed": bool(low > 0),
+        "num_pairs": len(new),
+        "num_prompts": len(counts),
+        "new": {"accuracy": float(np.mean(new > 0)), "nll_nats": float(np.mean(np.logaddexp(0, -new)))},
+        "old": {"accuracy": float(np.mean(old > 0)), "nll_nats": float(np.mean(np.logaddexp(0, -old)))},
+    }
+
+
+def _log_likelihoods(gaps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return log sigma(gap / T) of each pair at the temperature T that fits all of them best."""
+    factors = np.geomspace(0.05, 20.0, 121)
+    total = [float(np.logaddexp(0, -gaps * factor).mean()) for factor in factors]
+    return -np.logaddexp(0, -gaps * factors[int(np.argmin(total))])
 
 
 def _pearson(left: NDArray[np.float64], right: NDArray[np.int64]) -> float | None:

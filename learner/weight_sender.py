@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from learner.training import TrainingEngine
+from learner.training import GatherableNetwork
 from protocol.weights import (
     ByteArray,
     Canary,
@@ -28,7 +28,7 @@ _CANARY_TOKENS = 16
 _CANARY_SEED = 20_260_101
 
 
-def specs(engine: TrainingEngine, *, dtype: str) -> tuple[TensorSpec, ...]:
+def specs(engine: GatherableNetwork, *, dtype: str) -> tuple[TensorSpec, ...]:
     """Describe what is published, by the network's own names.
 
     Args:
@@ -46,7 +46,7 @@ def specs(engine: TrainingEngine, *, dtype: str) -> tuple[TensorSpec, ...]:
     )
 
 
-def buckets(engine: TrainingEngine, slots: Sequence[TensorSlot]) -> Iterator[ByteArray]:
+def buckets(engine: GatherableNetwork, slots: Sequence[TensorSlot]) -> Iterator[ByteArray]:
     """Gather the policy bucket by bucket; all ranks must iterate to the end.
 
     Args:
@@ -71,7 +71,7 @@ def buckets(engine: TrainingEngine, slots: Sequence[TensorSlot]) -> Iterator[Byt
 
 
 def publish(
-    engine: TrainingEngine, *, policy_version: int, bucket_bytes: int, dtype: str
+    engine: GatherableNetwork, *, policy_version: int, bucket_bytes: int, dtype: str
 ) -> Iterator[ByteArray | WeightManifest]:
     """Publish the policy; all ranks must iterate to the end.
 
@@ -105,7 +105,7 @@ def publish(
         )
 
 
-def sing(engine: TrainingEngine) -> Canary:
+def sing(engine: GatherableNetwork) -> Canary:
     """Compute the canary: the policy's log-probs, at temperature 1, of a fixed sequence of tokens; on all ranks.
 
     Args:

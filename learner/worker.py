@@ -20,6 +20,7 @@ from protocol.weights import ByteArray, WeightManifest
 if TYPE_CHECKING:
     import socket
 
+    from learner.comparisons import RewardModelJob
     from learner.rank import Rank
 
 CONTROL_GROUP = "control"
@@ -87,13 +88,17 @@ class LearnerRank:
         """Fine-tune the policy on demonstrations; rank 0 writes it to `output`."""
         return self._do("sft").train_sft(output=output)
 
-    def train_reward_model(self, *, policy: Path, output: Path) -> dict[str, Any]:
-        """Train a reward model on comparisons; rank 0 writes it to `output`."""
-        return self._do("reward model").train_reward_model(policy=policy, output=output)
+    def train_reward_model(self, job: "RewardModelJob") -> dict[str, Any]:
+        """Train a reward model on comparisons; rank 0 writes it."""
+        return self._do("reward model").train_reward_model(job)
 
-    def start_rl(self, *, policy: Path, reward_model: Path | None) -> None:
+    def start_rl(self, *, policy: Path, reward_model: Path | None, iterations: int) -> None:
         """Build the engines of policy and critic."""
-        self._do("start").start_rl(policy=policy, reward_model=reward_model)
+        self._do("start").start_rl(policy=policy, reward_model=reward_model, iterations=iterations)
+
+    def finish_rl(self) -> None:
+        """Give up the engines of policy and critic."""
+        self._do("finish").finish_rl()
 
     def update(self, groups: Sequence[GroupReferences], *, round: int, iteration: int) -> UpdateReport:
         """Learn from scored groups, fetched in key order.
@@ -117,6 +122,10 @@ class LearnerRank:
     def publish(self, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
         """Yield the buckets of a new version and then its manifest, on rank 0; nothing elsewhere."""
         yield from self._do("publish").publish(policy_version)
+
+    def publish_stored(self, directory: Path, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
+        """Yield the buckets and the manifest of an exported policy, on rank 0; nothing elsewhere."""
+        yield from self._do("publish").publish_stored(directory, policy_version)
 
     def samples(self, keys: Sequence[RolloutKey]) -> tuple[SampleText, ...]:
         """Decode a few responses of the last batch."""

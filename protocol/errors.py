@@ -39,3 +39,7 @@ class UserError(Exception):
 def _sentence(text: str) -> str:
     text = " ".join(text.split())
     return text if text.endswith((".", "!", "?")) else text + "."
+
+
+class Resumable(RuntimeError):
+    """A run that has stopped in good order, for a reason that is nobody's mistake; the same command goes on."""

@@ -1,6 +1,6 @@
 """The types on the wire, in the order in which they come to be.
 
-    Prompt -> Rollout -> ScoredRollout -> ScoredBatch -> UpdateReport -> IterationReport
+    Prompt -> Rollout -> ScoredRollout -> ScoredBatch -> UpdateReport -> IterationReport -> RoundReport
 
 A later stage is a new type that contains the earlier one; no field is filled in afterwards. Arrays are numpy; torch
 begins inside the workers.
@@ -8,11 +8,13 @@ begins inside the workers.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from protocol.records import Text
 
 FinishReason = Literal["stop", "length"]
 IntArray = NDArray[np.int32]
@@ -31,6 +33,8 @@ class Prompt:
     """What the user wrote (the last user turn of a conversation), for reward functions and for people."""
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     """Further columns of the data set."""
+    source: Text = ""
+    """The prompt as it came, plain text or messages: what labelers read."""
 
 
 class RolloutKey(NamedTuple):
@@ -68,6 +72,7 @@ class RolloutRequest:
     prompt: Prompt
     seed: int
     max_response_tokens: int
+    temperature: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +105,8 @@ class RolloutMeta:
     response_tokens: int
     finish_reason: FinishReason
     policy_versions: PolicyVersions
+    repeated_fraction: float
+    """Share of the response's 3-grams that it has said before."""
 
     @classmethod
     def of(cls, rollout: Rollout) -> "RolloutMeta":
@@ -110,7 +117,25 @@ class RolloutMeta:
             response_tokens=len(rollout.response_ids),
             finish_reason=rollout.finish_reason,
             policy_versions=rollout.policy_versions,
+            repeated_fraction=repeated_fraction(rollout.response_ids),
         )
+
+
+def repeated_fraction(token_ids: IntArray, *, n: int = 3) -> float:
+    """Compute the share of n-grams that occurred earlier in the same sequence: 1 - different / all.
+
+    Args:
+        token_ids: [T] tokens.
+        n: Tokens of a gram.
+
+    Returns:
+        0 for sequences shorter than n.
+    """
+    num = len(token_ids) - n + 1
+    if num <= 0:
+        return 0.0
+    grams = np.lib.stride_tricks.sliding_window_view(token_ids, n)
+    return 1.0 - len(np.unique(grams, axis=0)) / num
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,3 +226,24 @@ class SampleText:
     kl_nats: float
     reward: float
     """score - beta * KL: what the response was worth to the optimiser."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundReport:
+    """One round, as it is kept in rounds/rNNN/round.json."""
+
+    round: int
+    policy_version: int
+    """What it ended with."""
+    reward_version: int | None
+    """The reward model that scored; None where no reward model is trained."""
+    best_version: int
+    iterations: int
+    alarm: str | None
+    """Why a guard stopped it early."""
+    score_start: float
+    score_end: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Write the report as plain JSON values."""
+        return asdict(self)

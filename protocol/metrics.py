@@ -28,6 +28,7 @@ VALUE_SKIPPED_STEPS = "value/skipped_steps"
 
 ROLLOUT_TOKENS_MEAN = "rollout/response_tokens_mean"
 ROLLOUT_TRUNCATED = "rollout/truncated_fraction"
+ROLLOUT_REPEATED = "rollout/repeated_3gram_fraction"
 ROLLOUT_TOKENS_PER_S = "rollout/tokens_per_s"
 
 SYNC_SECONDS = "sync/seconds"
@@ -51,4 +52,7 @@ COUNTER_POLICY_VERSION = "counter/policy_version"
 COUNTER_PROMPTS = "counter/prompts"
 COUNTER_RESPONSE_TOKENS = "counter/response_tokens"
 
+SCORE_PREFIX = "score/"
+HELDOUT_GAP = "score/heldout_gap"
+"""Score minus held-out score: how much of what is optimised an independent reward model does not see."""
 GOLD_PREFIX = "gold/"

@@ -148,6 +148,27 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
+def context_tokens(path: str | Path) -> int:
+    """Return the longest sequence that a model takes, prompt and response together.
+
+    Args:
+        path: The model's directory or hub id.
+
+    Raises:
+        UserError: If there is no model, or it does not say.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model can be read there: {error}", where=str(path)) from None
+    found = getattr(config, "max_position_embeddings", None)
+    if not isinstance(found, int):
+        raise UserError("the model's config.json does not say how long a sequence may be", where=str(path))
+    return found
+
+
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Sequence[Message]) -> list[int]:
     """Encode a prompt up to the place where the response begins.
 

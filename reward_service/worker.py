@@ -12,11 +12,12 @@ import ray
 import torch
 
 from configs.run import RunConfig
-from configs.scoring import FunctionRewardConfig, ModelRewardConfig
+from configs.scoring import HELDOUT, FunctionRewardConfig, ModelRewardConfig
 from protocol.errors import UserError
 from protocol.messages import FloatArray, ReferenceLogprobs, ReferenceSummary, RewardScores, Rollout
+from protocol.records import Text
 from protocol.roles import RolloutRef, resolve
-from protocol.tokens import decode, load_tokenizer
+from protocol.tokens import decode, encode_prompt, encode_response, load_tokenizer
 from reward_service.functions import FunctionReward, HTTPReward, TextBatch, TextReward, batch_saved_on_failure
 from reward_service.reference_model import ReferenceModel
 from reward_service.reward_model import RewardModel
@@ -34,6 +35,7 @@ class RewardWorker:
         policy: The policy's directory or hub id; functions read the text that its tokenizer decodes.
         incidents: Where the batch of a failed reward is kept.
         trained: The current round's reward model, for rewards with `path: trained`; may come later by `load`.
+        heldout: The current round's held-out reward model: its scores are recorded, and reward nothing.
         calibrations: Component name -> gain and bias, for components that do not carry their own.
 
     Raises:
@@ -48,6 +50,7 @@ class RewardWorker:
         policy: str | Path,
         incidents: str | Path,
         trained: str | Path | None = None,
+        heldout: str | Path | None = None,
         calibrations: Mapping[str, Calibration] | None = None,
     ) -> None:
         torch.set_num_threads(config.scoring.threads_per_worker)
@@ -58,25 +61,35 @@ class RewardWorker:
         self._text_rewards = _text_rewards(config, self._incident_dir)
         self._gold = _gold_functions(config, self._incident_dir)
         self._models: dict[str, RewardModel] = {}
+        self._labeler: tuple[str, RewardModel, Any] | None = None
         self._calibrations: dict[str, Calibration] = {}
         self._num_responses, self._busy_s = 0, 0.0
         for reward in config.scoring.rewards:
             if isinstance(reward, ModelRewardConfig) and reward.path != "trained":
                 self._models[reward.name] = self._load_model(reward.path)
-        self.load(trained=trained, calibrations=calibrations)
+        self.load(trained=trained, heldout=heldout, calibrations=calibrations)
 
-    def load(self, *, trained: str | Path | None = None, calibrations: Mapping[str, Calibration] | None = None) -> None:
-        """Switch to a new round's reward model, or set the calibration of components.
+    def load(
+        self,
+        *,
+        trained: str | Path | None = None,
+        heldout: str | Path | None = None,
+        calibrations: Mapping[str, Calibration] | None = None,
+    ) -> None:
+        """Switch to a new round's reward models, or set the calibration of components.
 
         Args:
             trained: A Hugging Face directory; what was known of the old one's calibration is forgotten.
+            heldout: Likewise, of the held-out reward model.
             calibrations: Component name -> gain and bias; wins over the constants in a model's config.json.
 
         Raises:
             UserError: If the model cannot be loaded, or there is no such component.
         """
-        names = {reward.name for reward in self._config.scoring.rewards}
-        if unknown := set(calibrations or {}) - names:
+        if heldout is not None:
+            self._models[HELDOUT] = self._load_model(str(heldout))
+            self._calibrations.pop(HELDOUT, None)
+        if unknown := set(calibrations or {}) - set(self._names):
             raise UserError(f"there is no reward named {', '.join(sorted(unknown))}", where="scoring.rewards")
         learned = [r for r in self._config.scoring.rewards if isinstance(r, ModelRewardConfig) and r.path == "trained"]
         if trained is not None and learned:
@@ -104,10 +117,11 @@ class RewardWorker:
         rollouts = fetch(rollout_refs, timeout_s=self._config.cluster.deadlines.score_s)
         started = perf_counter()
         batch = self._text(rollouts)
-        calibrations = {reward.name: self._calibration(reward.name) for reward in self._config.scoring.rewards}
+        calibrations = {name: self._calibration(name) for name in self._names}
         raw = self._raw(rollouts, batch)
         components = {name: calibrations[name].apply(scores) for name, scores in raw.items()}
-        total, _ = total_scores(components, finish_reasons=batch.finish_reasons, config=self._config.scoring)
+        rewards = {name: scores for name, scores in components.items() if name != HELDOUT}
+        total, _ = total_scores(rewards, finish_reasons=batch.finish_reasons, config=self._config.scoring)
         gold = {reward.name: reward.raw_scores(batch) for reward in self._gold}
         busy_s = self._count(len(rollouts), since=started)
         scored = RewardScores(keys=batch.keys, scores=total, components=components, gold={}, busy_s=busy_s)
@@ -131,10 +145,38 @@ class RewardWorker:
         self._count(len(rollouts), since=started)
         return raw
 
+    def score_texts(self, path: str, prompts: Sequence[Text], responses: Sequence[str]) -> FloatArray:
+        """Score texts with a model of any family, raw: for a labeler, not for rewards.
+
+        Args:
+            path: The model's directory or hub id; loaded at the first call.
+            prompts: [B] text or messages.
+            responses: [B] one response each.
+
+        Returns:
+            [B] scores.
+        """
+        if self._labeler is None or self._labeler[0] != path:
+            scoring = self._config.scoring
+            model = RewardModel(
+                path, dtype=scoring.dtype, device=_device(self._config), micro_batch_tokens=scoring.micro_batch_tokens
+            )
+            self._labeler = (path, model, load_tokenizer(path))
+        _, model, tokenizer = self._labeler
+        sequences = [
+            np.array(
+                encode_prompt(tokenizer, prompt)
+                + encode_response(tokenizer, response, prompt=None if isinstance(prompt, str) else prompt),
+                np.int32,
+            )
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        return model.raw_scores(sequences)
+
     @ray.method(concurrency_group="control")
     def status(self) -> dict[str, Any]:
         """Tell what is loaded, which components still need a calibration, and how much has been done."""
-        names = [reward.name for reward in self._config.scoring.rewards]
+        names = self._names
         return {
             "name": self._name,
             "models": {name: model.path for name, model in self._models.items()},
@@ -144,6 +186,11 @@ class RewardWorker:
             "pid": os.getpid(),
             "node_id": ray.get_runtime_context().get_node_id(),
         }
+
+    @property
+    def _names(self) -> list[str]:
+        """Every component: the configured rewards, then the held-out reward model if there is one."""
+        return [reward.name for reward in self._config.scoring.rewards] + ([HELDOUT] if HELDOUT in self._models else [])
 
     def _load_model(self, path: str) -> RewardModel:
         scoring = self._config.scoring
@@ -156,8 +203,7 @@ class RewardWorker:
     def _raw(self, rollouts: Sequence[Rollout], batch: TextBatch) -> dict[str, FloatArray]:
         sequences = [np.concatenate([rollout.prompt.token_ids, rollout.response_ids]) for rollout in rollouts]
         raw: dict[str, FloatArray] = {}
-        for reward in self._config.scoring.rewards:
-            name = reward.name
+        for name in self._names:
             if name in self._text_rewards:
                 raw[name] = self._text_rewards[name].raw_scores(batch)
                 continue
@@ -180,8 +226,8 @@ class RewardWorker:
     def _find_calibration(self, name: str) -> Calibration | None:
         if name in self._calibrations:
             return self._calibrations[name]
-        reward = next(reward for reward in self._config.scoring.rewards if reward.name == name)
-        if isinstance(reward, ModelRewardConfig):
+        reward = next((reward for reward in self._config.scoring.rewards if reward.name == name), None)
+        if reward is None or isinstance(reward, ModelRewardConfig):
             return self._models[name].calibration if name in self._models else None
         return IDENTITY if reward.normalization == "none" else None
 

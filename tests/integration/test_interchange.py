@@ -41,7 +41,8 @@ for ids in prompts:
     theirs.append(out[0, len(ids):].tolist())
 requests = [
     RolloutRequest(
-        key=RolloutKey(1, 0, str(n), 0), seed=n, max_response_tokens=config.max_response_tokens,
+        key=RolloutKey(1, 0, str(n), 0), seed=n, temperature=1.0,
+        max_response_tokens=config.max_response_tokens,
         prompt=Prompt(prompt_id=str(n), token_ids=np.array(ids, dtype=np.int32), text=asked[n]),
     )
     for n, ids in enumerate(prompts)

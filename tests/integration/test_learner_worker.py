@@ -44,7 +44,9 @@ def start(config: RunConfig, models: tuple[Path, Path], directory: Path) -> list
     address, port = ray.get(ranks[0].address.remote(), timeout=60)
     assert address == "127.0.0.1"
     ray.get([rank.connect.remote(address, port) for rank in ranks], timeout=60)
-    ray.get([rank.start_rl.remote(policy=models[0], reward_model=models[1]) for rank in ranks], timeout=60)
+    ray.get(
+        [rank.start_rl.remote(policy=models[0], reward_model=models[1], iterations=3) for rank in ranks], timeout=60
+    )
     return ranks
 
 

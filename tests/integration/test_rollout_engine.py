@@ -142,7 +142,9 @@ def make_requests(count: int, *, max_response_tokens: int = 24) -> list[RolloutR
         tokens = rng.integers(4, 500, size=8 + i % 20).astype(np.int32)
         prompt = Prompt(prompt_id=key.prompt_id, token_ids=tokens, text="")
         requests.append(
-            RolloutRequest(key=key, prompt=prompt, seed=key.seed(11), max_response_tokens=max_response_tokens)
+            RolloutRequest(
+                key=key, prompt=prompt, seed=key.seed(11), max_response_tokens=max_response_tokens, temperature=1.0
+            )
         )
     return requests
 

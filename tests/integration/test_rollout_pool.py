@@ -27,7 +27,9 @@ def make_requests(count: int) -> list[RolloutRequest]:
     prompt = Prompt(prompt_id="p", token_ids=np.array([5, 6, 7], dtype=np.int32), text="p")
     keys = [RolloutKey(1, 0, "p", sample) for sample in range(count)]
     return [
-        RolloutRequest(key=key, prompt=prompt, seed=key.seed(0), max_response_tokens=8 + 8 * (key.sample % 11))
+        RolloutRequest(
+            key=key, prompt=prompt, seed=key.seed(0), max_response_tokens=8 + 8 * (key.sample % 11), temperature=1.0
+        )
         for key in keys
     ]
 

@@ -63,7 +63,9 @@ def make_requests(count: int, *, max_response_tokens: int = 16) -> list[RolloutR
         key = RolloutKey(round=0, iteration=0, prompt_id=f"p{i:03d}", sample=0)
         prompt = Prompt(prompt_id=key.prompt_id, token_ids=rng.integers(4, 512, size=12).astype(np.int32), text="")
         requests.append(
-            RolloutRequest(key=key, prompt=prompt, seed=key.seed(11), max_response_tokens=max_response_tokens)
+            RolloutRequest(
+                key=key, prompt=prompt, seed=key.seed(11), max_response_tokens=max_response_tokens, temperature=1.0
+            )
         )
     return requests
 

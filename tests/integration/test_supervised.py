@@ -17,8 +17,9 @@ from configs.learner import LearnerConfig, OptimizerConfig
 from configs.run import RunConfig
 from learner import worker
 from learner.batch import TokenSequence
+from learner.comparisons import BASE, ComparisonSource, RewardModelJob, read_comparisons, split
 from learner.models import load_policy, scalar_from_policy
-from learner.reward_modelling import ComparisonTask, read_comparisons, train_reward_model
+from learner.reward_modelling import ComparisonTask, train_reward_model
 from learner.supervised import DemonstrationTask, train_sft
 from learner.supervised_loop import StageContext, encode_pair
 from protocol.tokens import load_tokenizer
@@ -78,11 +79,20 @@ def on_ranks(config: RunConfig, directory: Path) -> dict[str, Any]:
     ray.get([rank.connect.remote(address, port) for rank in ranks], timeout=120)
     policy, reward = directory / "policies" / "v000", directory / "reward_models" / "v000"
     sft = ray.get([rank.train_sft.remote(policy) for rank in ranks], timeout=200)[0]
-    trained = [rank.train_reward_model.remote(policy=policy, output=reward) for rank in ranks]
+    trained = [rank.train_reward_model.remote(job(config, policy=policy, output=reward)) for rank in ranks]
     found = {"sft": sft, "reward_model": ray.get(trained, timeout=200)[0]}
     for rank in ranks:
         ray.kill(rank)
     return found
+
+
+def base(config: RunConfig) -> tuple[ComparisonSource, ...]:
+    assert config.data.preferences is not None
+    return (ComparisonSource(name=BASE, data=config.data.preferences),)
+
+
+def job(config: RunConfig, *, policy: Path, output: Path, **others: Any) -> RewardModelJob:
+    return RewardModelJob(policy=policy, output=output, sources=base(config), **others)
 
 
 def weights(directory: Path) -> bytes:
@@ -204,9 +214,11 @@ def test_a_reward_model_learns_what_is_preferred(policy: Path, tmp_path: Path) -
         "learner.reward_model.optimizer.learning_rate=3e-3",
     )
     output = tmp_path / "reward_models" / "v000"
-    found = train_reward_model(config, context(), policy=policy, output=output, report=lambda figures: None)
+    wanted = job(config, policy=policy, output=output)
+    found = train_reward_model(config, context(), job=wanted, report=lambda figures: None)
     heldout = found["heldout"]
-    assert (found["num_train_prompts"], heldout["num_prompts"], heldout["num_pairs"]) == (192, 48, 48)
+    assert found["num_train_prompts"] + heldout["num_prompts"] == 240
+    assert 24 <= heldout["num_prompts"] == heldout["num_pairs"] <= 72  # about a fifth, drawn prompt by prompt
     assert heldout["accuracy"] > 0.8
     assert heldout["nll_nats"] < np.log(2)
     assert heldout["length_correlation"] > 0.5  # the preferred answers are the longer ones here
@@ -232,7 +244,7 @@ def score(model: Any, sequence: TokenSequence) -> float:
 def test_a_ranking_is_one_element_and_counts_as_one_prompt(policy: Path, tmp_path: Path) -> None:
     config = small_config(tmp_path, f"data.preferences.source={HERE}:rankings", "data.preferences.count=3")
     tokenizer = load_tokenizer(policy)
-    elements, reading = read_comparisons(config, tokenizer, context_tokens=None)
+    elements, reading = read_comparisons(config, tokenizer, base(config), context_tokens=None)
     assert reading.num_kept == 3
     assert [len(element.sequences) for element in elements] == [4, 4, 4]
     assert [len(element.better) for element in elements] == [5, 5, 5]  # of six pairs, one is a tie
@@ -272,7 +284,69 @@ def test_learning_rates_and_steps_follow_the_settings(policy: Path, tmp_path: Pa
         return made[-1]
 
     place = StageContext(rank=0, world_size=1, device=torch.device("cpu"), make_engine=make)
-    found = train_reward_model(config, place, policy=policy, output=tmp_path / "v000", report=lambda figures: None)
-    # Eleven prompts of five pairs are left for training, two a step: six steps an epoch.
-    assert found["num_train_pairs"] == 55
-    assert found["num_steps"] == made[0].num_steps == 12
+    wanted = job(config, policy=policy, output=tmp_path / "v000")
+    found = train_reward_model(config, place, job=wanted, report=lambda figures: None)
+    # Two prompts of five pairs fill a step.
+    assert found["num_train_pairs"] == 5 * found["num_train_prompts"]
+    assert found["num_steps"] == made[0].num_steps == 2 * -(-found["num_train_prompts"] // 2)
+
+
+def test_halves_share_no_prompt_and_a_held_out_prompt_stays_held_out(policy: Path, tmp_path: Path) -> None:
+    config = small_config(tmp_path, f"data.preferences.source={HERE}:kindness", "data.preferences.count=200")
+    tokenizer = load_tokenizer(policy)
+    elements, _ = read_comparisons(config, tokenizer, base(config), context_tokens=None)
+    sides = {
+        half: split(
+            elements, job(config, policy=policy, output=tmp_path, half=half, heldout_share=0.4), fraction=0.1, seed=3
+        )
+        for half in ("all", "train", "heldout")
+    }
+    assert sides["all"][1] == sides["train"][1] == sides["heldout"][1]
+    assert sorted(sides["train"][0] + sides["heldout"][0]) == sides["all"][0]
+    assert not {*sides["train"][0]} & {*sides["heldout"][0]}
+    assert 40 < len(sides["heldout"][0]) < 104  # 0.4 of about 180
+    fewer = elements[:60]
+    again = split(fewer, job(config, policy=policy, output=tmp_path), fraction=0.1, seed=3)
+    assert again[1] == [index for index in sides["all"][1] if index < 60]
+
+
+def test_a_source_counts_by_its_weight(policy: Path, tmp_path: Path) -> None:
+    config = small_config(tmp_path, f"data.preferences.source={HERE}:kindness", "data.preferences.count=4")
+    tokenizer = load_tokenizer(policy)
+    [source] = base(config)
+    heavy = ComparisonSource(name="round 1", data=source.data, weight=3.0)
+    none = ComparisonSource(name="round 2", data=source.data, weight=0.0)
+    elements, _ = read_comparisons(config, tokenizer, (source, heavy, none), context_tokens=None)
+    assert [element.source for element in elements] == ["base"] * 4 + ["round 1"] * 4
+    task = ComparisonTask(elements, centering=0.0, pad_id=0, layout="sorted", device=torch.device("cpu"))
+    model = scalar_from_policy(policy, seed=1).eval()
+    single = [task.loss(model, [index], normalizer=elements[index].weight)[0].item() for index in range(8)]
+    normalizer = task.normalizer([0, 5])
+    assert normalizer == 4.0
+    both, _ = task.loss(model, [0, 5], normalizer=normalizer)
+    assert both.item() == pytest.approx((single[0] + 3 * single[5]) / 4, rel=1e-5)
+
+
+def test_a_refreshed_reward_model_is_judged_beside_the_one_before(policy: Path, tmp_path: Path) -> None:
+    settings = (
+        f"data.preferences.source={HERE}:kindness",
+        "data.preferences.count=200",
+        "learner.reward_model.num_epochs=6",
+        "learner.reward_model.heldout_fraction=0.3",
+        "learner.reward_model.optimizer.learning_rate=3e-3",
+    )
+    config = small_config(tmp_path, *settings)
+    untrained = small_config(tmp_path, *settings, "learner.reward_model.optimizer.learning_rate=1e-9")
+    first, second = tmp_path / "v000", tmp_path / "v001"
+    train_reward_model(untrained, context(), job=job(config, policy=policy, output=first), report=lambda figures: None)
+    wanted = job(config, policy=policy, output=second, round=2, incumbent=first)
+    found = train_reward_model(config, context(), job=wanted, report=lambda figures: None)["gate"]
+    assert found["passed"]
+    assert found["gain"] > 0
+    assert found["new"]["accuracy"] > 0.8
+    assert found["incumbent"] == "v000"
+
+    same = job(config, policy=policy, output=tmp_path / "v002", incumbent=second)
+    found = train_reward_model(untrained, context(), job=same, report=lambda figures: None)["gate"]
+    assert not found["passed"]
+    assert found["gain"] < 0

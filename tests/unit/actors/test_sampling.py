@@ -20,6 +20,7 @@ def make_request(*, sample: int = 0, prompt_tokens: int = 3, max_response_tokens
         prompt=Prompt(prompt_id="p7", token_ids=np.arange(10, 10 + prompt_tokens, dtype=np.int32), text="hello"),
         seed=123 + sample,
         max_response_tokens=max_response_tokens,
+        temperature=0.7,
     )
 
 
@@ -29,7 +30,7 @@ def convert(tokens: list[int], logprobs: list[float], reason: str | None):
 
 
 def test_sampling_follows_the_configuration_and_the_request():
-    config = RolloutConfig(temperature=0.7, top_p=0.9, top_k=40, truncated_sampling="allow")
+    config = RolloutConfig(top_p=0.9, top_k=40, truncated_sampling="allow")
     assert plan_sampling(config, make_request(), eos_token_id=EOS) == SamplingPlan(
         temperature=0.7, top_p=0.9, top_k=40, seed=123, max_tokens=4, stop_token_ids=(EOS,)
     )

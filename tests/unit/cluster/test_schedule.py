@@ -1,5 +1,7 @@
 """The schedule: phases in order, unique keys, seeds that depend on the key alone."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from cluster import schedule
@@ -16,19 +18,53 @@ def test_phases_follow_each_other_to_the_end() -> None:
     config = load("quickstart", ["rounds.iterations=2"])
     state, seen = RunState(), []
     while state.phase is not Phase.DONE:
-        seen.append(state.phase)
-        state = schedule.after(state, config)
-    assert [phase.value for phase in seen] == [
-        "sft",
-        "reward_model",
-        "calibrate",
-        "baseline",
-        "optimise",
-        "optimise",
-        "evaluate",
+        seen.append((state.round, state.phase.value, state.policy_version))
+        following = schedule.after(state, config)
+        assert following.position > state.position
+        state = following
+    assert seen == [
+        (1, "sft", 0),
+        (1, "collect", 0),
+        (1, "label", 0),
+        (1, "refresh", 0),
+        (1, "calibrate", 0),
+        (1, "baseline", 0),
+        (1, "optimise", 0),
+        (1, "optimise", 1),
+        (1, "evaluate", 2),
+        (1, "rank", 2),
+        (2, "collect", 2),
+        (2, "label", 2),
+        (2, "refresh", 2),
+        (2, "calibrate", 2),
+        (2, "optimise", 3),  # what the round starts from is a version of its own
+        (2, "optimise", 4),
+        (2, "evaluate", 5),
+        (2, "rank", 5),
     ]
-    assert (state.iteration, state.policy_version) == (2, 2)
+    assert (state.round, state.iteration, state.policy_version, state.last_version) == (2, 2, 5, 2)
     assert schedule.after(state, config) == state
+
+
+def test_a_guard_ends_the_iterations_of_a_round() -> None:
+    state = schedule.stopped(RunState(phase=Phase.OPTIMISE, iteration=3, policy_version=3), alarm="KL is too high")
+    assert (state.phase, state.iteration, state.alarm) == (Phase.EVALUATE, 3, "KL is too high")
+    config = load("quickstart", [])
+    assert schedule.after(replace(state, phase=Phase.RANK), config).alarm is None
+
+
+def test_names_of_policies() -> None:
+    state = RunState(policy_version=41, last_version=20, best_version=12)
+    named = {name: schedule.named_version(name, state) for name in ("sft", "current", "previous", "best", "v007")}
+    assert named == {"sft": 0, "current": 20, "previous": 20, "best": 12, "v007": 7}
+
+
+def test_temperatures_are_dealt_out_over_the_samples_of_a_prompt() -> None:
+    config = load("quickstart", [])
+    found = schedule.requests(
+        [prompt("a"), prompt("b")], config, round=1, iteration=-3, samples=3, temperatures=(0.7, 1.2)
+    )
+    assert [request.temperature for request in found] == [0.7, 1.2, 0.7, 0.7, 1.2, 0.7]
 
 
 def test_the_state_survives_json() -> None:

@@ -1,0 +1,120 @@
+"""Makes the workers of a run, each in its place."""
+
+from actors import worker as rollout_worker
+from cluster import placement
+from cluster.evaluation import write_json
+from cluster.learner_group import LearnerGroup
+from cluster.placement import Placement
+from cluster.pool import Handle
+from cluster.rollout_pool import RolloutPool
+from cluster.run_directory import RunDirectory
+from cluster.scoring_pool import ScoringPool
+from configs.rollout import RolloutConfig
+from configs.run import RunConfig
+from learner import worker as learner_worker
+from reward_service import worker as scoring_worker
+
+
+class Builder:
+    """Makes the workers of a run, each in its place."""
+
+    def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
+        self._config = config
+        self._directory = directory
+        self._placement: Placement | None = None
+        self._nodes: dict[str, str] = {}
+
+    @property
+    def _groups(self) -> Placement:
+        """The places, asked for when the first worker is."""
+        if self._placement is None:
+            deadline_s = self._config.cluster.deadlines.placement_s
+            self._placement = Placement(placement.plan(self._config), deadline_s=deadline_s)
+        return self._placement
+
+    def release(self) -> None:
+        """Give all places back to the cluster."""
+        if self._placement is not None:
+            self._placement.remove()
+            self._placement = None
+
+    def learner(self) -> LearnerGroup:
+        """Start the learner's ranks."""
+        config = self._config
+        remote = learner_worker.remote_class()
+        environment = {"env_vars": learner_worker.environment(config)}
+
+        def make(rank: int, name: str) -> Handle:
+            options = self._groups.options("learner", rank)
+            return remote.options(**options, runtime_env=environment).remote(
+                rank=rank, world_size=config.learner.workers, config=config, run_directory=self._directory.root
+            )
+
+        group = LearnerGroup(config, make=make)
+        self._nodes |= group.started()
+        return group
+
+    def pools(self) -> tuple[RolloutPool, ScoringPool]:
+        """Start the rollout and scoring workers and wait until they have loaded their models."""
+        config = self._config
+        rollouts = self._rollouts(config.rollout, str(self._directory.policy(0)))
+        scoring = ScoringPool(
+            config.scoring,
+            config.cluster.deadlines,
+            make_reward=self._reward,
+            make_reference=self._reference,
+            replacements=config.cluster.worker_replacements,
+        )
+        self._nodes |= rollouts.started() | scoring.started()
+        write_json(self._directory.workers, self._nodes)
+        return rollouts, scoring
+
+    def judge(self, model: str, config: RolloutConfig) -> RolloutPool:
+        """Start engines of another model in the rollout workers' places, which must be free."""
+        pool = self._rollouts(config, model)
+        pool.started()
+        return pool
+
+    def _rollouts(self, rollout: RolloutConfig, model: str) -> RolloutPool:
+        config = self._config
+
+        def make(index: int, name: str) -> Handle:
+            environment = rollout_worker.environment(rollout, config.cluster.backend)
+            options = self._groups.options("rollout", index)
+            return (
+                rollout_worker.remote_class()
+                .options(**options, runtime_env={"env_vars": environment})
+                .remote(name=name, model_path=model, config=rollout, backend=config.cluster.backend, policy_version=0)
+            )
+
+        replacements = config.cluster.worker_replacements
+        return RolloutPool(rollout, config.cluster.deadlines, make=make, replacements=replacements)
+
+    def _reward(self, index: int, name: str) -> Handle:
+        config = self._config
+        return (
+            scoring_worker.reward_worker_class()
+            .options(
+                **self._groups.options("scoring", index),
+                runtime_env={"env_vars": scoring_worker.environment(config)},
+            )
+            .remote(
+                config=config,
+                name=name,
+                policy=self._directory.policy(0),
+                incidents=self._directory.incidents,
+            )
+        )
+
+    def _reference(self, index: int, name: str) -> Handle:
+        config = self._config
+        reference = config.models.reference
+        path = self._directory.policy(0) if reference == "sft" else reference
+        return (
+            scoring_worker.reference_worker_class()
+            .options(
+                **self._groups.options("scoring", config.scoring.workers + index),
+                runtime_env={"env_vars": scoring_worker.environment(config)},
+            )
+            .remote(config=config, name=name, path=path)
+        )

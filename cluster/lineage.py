@@ -1,0 +1,54 @@
+"""What every artefact of a run was made from, in one file beside them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.evaluation import write_json
+
+Kind = Literal["policy", "reward_model", "comparisons"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artefact:
+    """One thing that a run made."""
+
+    name: str
+    """Its place in the run directory, such as `policies/v020`."""
+    kind: Kind
+    round: int
+    config: str
+    """The hash of the configuration."""
+    parents: tuple[str, ...] = ()
+    """The artefacts it was made from; the first is what it started as."""
+    data: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What it was trained on or counts, such as rows and their hash."""
+
+
+def note(path: Path, artefact: Artefact) -> None:
+    """Record an artefact; recording it again changes nothing.
+
+    Args:
+        path: The run's lineage.json.
+        artefact: What was made.
+    """
+    known = {entry.name: entry for entry in read(path)}
+    if known.get(artefact.name) != artefact:
+        known[artefact.name] = artefact
+        write_json(path, {name: asdict(entry) for name, entry in known.items()})
+
+
+def read(path: Path) -> list[Artefact]:
+    """Read all artefacts, in the order in which they were made."""
+    if not path.exists():
+        return []
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    return [Artefact(**{**entry, "parents": tuple(entry["parents"])}) for entry in entries.values()]
+
+
+def sha256(content: bytes) -> str:
+    """Hash what an artefact was made from."""
+    return hashlib.sha256(content).hexdigest()

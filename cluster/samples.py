@@ -1,0 +1,67 @@
+"""Responses in a file, one JSON object each, so that they can be scored again when the reward model has changed."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from protocol.messages import PolicyVersions, Prompt, Rollout, RolloutKey
+
+
+def write(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """Write responses whole or not at all.
+
+    Args:
+        path: The file.
+        rollouts: In any order, which is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for rollout in rollouts:
+            file.write(json.dumps(_to_json(rollout)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read(path: Path) -> list[Rollout]:
+    """Read what `write` wrote, bit for bit."""
+    with path.open(encoding="utf-8") as file:
+        return [_from_json(json.loads(line)) for line in file]
+
+
+def _to_json(rollout: Rollout) -> dict[str, Any]:
+    prompt = rollout.prompt
+    return {
+        "key": list(rollout.key),
+        "prompt": {
+            "prompt_id": prompt.prompt_id,
+            "token_ids": prompt.token_ids.tolist(),
+            "text": prompt.text,
+            "metadata": dict(prompt.metadata),
+            "source": prompt.source,
+        },
+        "response_ids": rollout.response_ids.tolist(),
+        # A float32 as Python's float and back is the same float32.
+        "behavior_logprobs": rollout.behavior_logprobs.tolist(),
+        "finish_reason": rollout.finish_reason,
+        "policy_versions": list(rollout.policy_versions),
+        "worker": rollout.worker,
+    }
+
+
+def _from_json(values: dict[str, Any]) -> Rollout:
+    prompt = values["prompt"]
+    return Rollout(
+        key=RolloutKey(*values["key"]),
+        prompt=Prompt(**{**prompt, "token_ids": np.array(prompt["token_ids"], np.int32)}),
+        response_ids=np.array(values["response_ids"], np.int32),
+        behavior_logprobs=np.array(values["behavior_logprobs"], np.float32),
+        finish_reason=values["finish_reason"],
+        policy_versions=PolicyVersions(*values["policy_versions"]),
+        worker=values["worker"],
+    )

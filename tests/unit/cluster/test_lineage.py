@@ -1,0 +1,26 @@
+"""Lineage: recorded once, in the order of making."""
+
+from pathlib import Path
+
+from cluster import lineage
+from cluster.lineage import Artefact
+
+
+def test_artefacts_are_kept_in_order_and_recording_again_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "lineage.json"
+    assert lineage.read(path) == []
+    policy = Artefact(name="policies/v000", kind="policy", round=0, config="abc")
+    reward = Artefact(
+        name="reward_models/v000",
+        kind="reward_model",
+        round=1,
+        config="abc",
+        parents=("policies/v000",),
+        data={"rows": 3},
+    )
+    for artefact in (policy, reward, policy):
+        lineage.note(path, artefact)
+    before = path.stat().st_mtime_ns
+    lineage.note(path, reward)
+    assert lineage.read(path) == [policy, reward]
+    assert path.stat().st_mtime_ns == before
