@@ -23,15 +23,14 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from cluster import launch, placement, run_directory
+from cluster import launch, run_directory, schedule
 from cluster.driver import optimise
-from cluster.placement import Placement
 from cluster.progress import Progress
-from cluster.schedule import Phase, RunState
-from cluster.stages import RunStages
-from cluster.tracking import Sinks
+from cluster.rounds import carry_out
+from cluster.schedule import Phase
 from configs.load import load
 from configs.run import RunConfig
+from reward_service.preferences.store import PreferenceStore
 
 SIZES = {
     "0.7M": {"hidden_size": 128, "mlp_size": 344, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2},
@@ -76,6 +75,7 @@ def configuration(size: str, *, directory: Path, iterations: int, responses: int
             *scratch, f"run.dir={directory}", "run.name=benchmark", f"rounds.iterations={iterations + WARM_UP}",
             f"learner.sft.num_steps={SFT_STEPS[size]}", "data.preferences.count=200", "data.demonstrations.count=4000",
             "learner.reward_model.num_epochs=1", "scoring.calibration_responses=64",
+            "rounds.count=1", "rounds.overrides={}", "rounds.collect.comparisons=0", "rounds.heldout_share=0",
             f"rollout.prompts_per_iteration={responses}", "algorithm.critic_warmup_iterations=0",
             "learner.policy_optimizer.learning_rate=1e-5", "cluster.checkpoint_period_iterations=1000000",
         ],
@@ -88,28 +88,23 @@ def measure(size: str, *, iterations: int, responses: int) -> dict[str, Any]:
         config = configuration(size, directory=Path(folder), iterations=iterations, responses=responses)
         directory = run_directory.claim(config)
         launch.connect(config, verbose=False)
-        groups = Placement(placement.plan(config), deadline_s=60)
-        builder = launch.Builder(config, directory, groups)
-        stages = RunStages(
-            config,
-            directory,
-            learner=builder.learner(),
-            open_sinks=lambda _: Sinks([]),
-            open_pools=builder.pools,
-            read_prompts=lambda: launch.read_prompts(config, directory),
-            progress=Progress(Console(stderr=True)),
-        )
-        stages.sft()
-        stages.reward_model()
-        stages.calibrate()
-        roles = stages.roles(RunState(phase=Phase.OPTIMISE))
+        store = PreferenceStore.open(run_directory.store_url(config, directory))
+        console = Console(stderr=True)
+        progress = Progress(console, collects=lambda number: False)
+        stages = launch.make_stages(config, directory, store, console, progress)
+        state = stages.resume()
+        while state.phase is not Phase.OPTIMISE:
+            state = schedule.after(carry_out(stages, state), config)
+            stages.reached(state)
+        roles = stages.roles(state)
         lines, used = [], []
         with PeakMemory() as memory:
-            for report, state in optimise(roles, config, RunState(phase=Phase.OPTIMISE)):
+            for report, reached in optimise(roles, config, state):
                 lines.append(report.metrics)
                 used.append(cpu_seconds())
-                stages.iterated(report, state)
+                stages.iterated(report, reached)
         stages.close()
+        store.close()
         launch.ray.shutdown()
         floors = {**floor(directory.root, "generate", iterations), **floor(directory.root, "passes", iterations)}
         parameters = count_parameters(directory.policy(0))

@@ -3,12 +3,13 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cluster import lineage, schedule
+from cluster.attention import attention_checks
 from cluster.crew import Crew
 from cluster.lineage import Artefact
 from cluster.prompts import PromptStream
@@ -74,12 +75,14 @@ class Collection:
             prompts: The training prompts.
             tokenizer: Decodes the responses.
         """
+        labeler = self._config.rounds.of(state.round).labeler
         plan = self._config.rounds.of(state.round).collect
         if plan.comparisons == 0 or self._store.tasks(round=state.round, purpose="training"):
             return
         wanted = min(len(prompts), round(plan.comparisons * _SPARE) + 1)
         chosen = PromptStream(prompts, seed=self._config.run.seed + 1_000_003 * state.round).take(wanted)
         candidates: dict[str, list[Candidate]] = {prompt.prompt_id: [] for prompt in chosen}
+        metadata = {prompt.prompt_id: prompt.metadata for prompt in chosen}
         versions = list(dict.fromkeys(schedule.named_version(name, state) for name in plan.policies))
         for number, version in enumerate(versions):
             samples = len(range(number, plan.samples_per_prompt, len(versions)))
@@ -106,7 +109,12 @@ class Collection:
                 next_step="raise rounds.collect.samples_per_prompt or the temperatures",
             )
         self._say(f"round {state.round}: {len(tasks)} tasks for labelers ({report})")
-        self._store.add_tasks([_owned(task, self._metadata(chosen)) for task in tasks])
+        overlap = labeler.overlap if isinstance(labeler, PeopleConfig) else 1
+        owned = [replace(task, metadata=dict(metadata[task.prompt_id]), overlap=overlap) for task in tasks]
+        checks: list[Task] = []
+        if isinstance(labeler, PeopleConfig):
+            checks = list(attention_checks(labeler, round=state.round, seed=self._config.run.seed))
+        self._store.add_tasks([*owned, *checks])
 
     def label(self, labeler: LabelerConfig | None, *, round: int, purpose: Purpose) -> None:
         """Have all tasks of a round labelled, by whoever the configuration names."""
@@ -183,9 +191,6 @@ class Collection:
         found = Ladder.from_json(json.loads(self._directory.ladder.read_text()))
         return {frozenset((pair.version, pair.over)): pair.lead.se_elo**2 for pair in found.pairs}
 
-    def _metadata(self, prompts: Sequence[Prompt]) -> dict[str, Mapping[str, str]]:
-        return {prompt.prompt_id: prompt.metadata for prompt in prompts}
-
     def _note(self, path: Path, round: int) -> None:
         text = path.read_bytes()
         policies = {c.policy for task in self._store.tasks(round=round, purpose="training") for c in task.candidates}
@@ -212,7 +217,3 @@ def _candidate(rollout: Rollout, tokenizer: Any, *, version: int, temperatures: 
         finish_reason=rollout.finish_reason,
         token_ids=tuple(rollout.response_ids.tolist()),
     )
-
-
-def _owned(task: Task, metadata: Mapping[str, Mapping[str, str]]) -> Task:
-    return replace(task, metadata=dict(metadata[task.prompt_id]))

@@ -25,7 +25,7 @@ from cluster.refresh import Refresh
 from cluster.rounds import play
 from cluster.run_directory import RunDirectory, store_url
 from cluster.schedule import RunState
-from cluster.stages import RunStages
+from cluster.stages import Parts, RunStages
 from cluster.tracking import (
     LinesFile,
     Sinks,
@@ -130,15 +130,18 @@ def make_stages(
             say=progress.say,
         )
 
-    return RunStages(
-        config,
-        directory,
+    parts = Parts(
         crew=crew,
         collection=collection,
         refresh=Refresh(config, directory, crew=crew, collection=collection, progress=progress, say=progress.say),
-        make_ranking=make_ranking,
-        open_sinks=lambda done: _sinks(config, directory, console, done=done),
         prompts=prompts,
+        make_ranking=make_ranking,
+    )
+    return RunStages(
+        config,
+        directory,
+        parts,
+        open_sinks=lambda done: _sinks(config, directory, console, done=done),
         progress=progress,
     )
 

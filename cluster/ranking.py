@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from cluster import samples, schedule
@@ -11,7 +11,7 @@ from cluster.collection import Collection
 from cluster.evaluation import Evaluation, write_json
 from cluster.run_directory import RunDirectory
 from cluster.schedule import RunState
-from configs.labels import LabelerConfig
+from configs.labels import LabelerConfig, PeopleConfig
 from configs.run import RunConfig
 from configs.scoring import ModelRewardConfig
 from protocol.messages import Rollout
@@ -70,7 +70,8 @@ class Ranking:
         if labeler is None:
             new = [c for other in opponents for c in self._scored(version, other)]
         else:
-            self._ask(state, version, opponents)
+            overlap = labeler.overlap if isinstance(labeler, PeopleConfig) else 1
+            self._ask(state, version, opponents, overlap=overlap)
             self._collection.label(labeler, round=state.round, purpose="evaluation")
             new = self._labelled(state.round) + [c for other in opponents for c in self._same(version, other)]
         self._keep(state.round, new)
@@ -100,7 +101,7 @@ class Ranking:
         versions = dict.fromkeys(schedule.named_version(name, state) for name in names)
         return [version for version in versions if version != state.policy_version] or [0]
 
-    def _ask(self, state: RunState, version: int, opponents: Sequence[int]) -> None:
+    def _ask(self, state: RunState, version: int, opponents: Sequence[int], *, overlap: int) -> None:
         """Make the tasks that place the new version, all in one transaction."""
         if self._store.tasks(round=state.round, purpose="evaluation"):
             return
@@ -111,7 +112,7 @@ class Ranking:
             different = [(a, b) for a, b in pairs if self._text(a) != self._text(b)]
             for ours, theirs in different[: self._config.rounds.evaluation.num_comparisons]:
                 tasks.append(self._task(state.round, {version: ours, opponent: theirs}))
-        self._store.add_tasks(tasks)
+        self._store.add_tasks([replace(task, overlap=overlap) for task in tasks])
 
     def _task(self, round: int, responses: Mapping[int, Rollout]) -> Task:
         prompt = next(iter(responses.values())).prompt

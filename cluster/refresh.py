@@ -134,11 +134,7 @@ class Refresh:
         gate = report.get("gate")
         if state.reward_version is None or gate is None:
             return version, "the first reward model" if state.reward_version is None else "the gate is off"
-        figures = (
-            f"gain in {gate['metric']} over {gate['incumbent']} on {gate['num_pairs']} held-out pairs: "
-            f"{gate['gain']:+.4f} [{gate['ci_low']:+.4f}, {gate['ci_high']:+.4f}]; accuracy "
-            f"{gate['old']['accuracy']:.3f} -> {gate['new']['accuracy']:.3f}"
-        )
+        figures = _spell(gate)
         if gate["passed"]:
             return version, figures
         _LOG.warning("round %d: the new reward model is NOT used, the old one stays: %s", state.round, figures)
@@ -178,3 +174,14 @@ class Refresh:
                 data=data,
             ),
         )
+
+
+def _spell(gate: dict[str, Any]) -> str:
+    """Put the gate's findings into a line."""
+    if "why" in gate:  # it could not tell
+        return gate["why"]
+    return (
+        f"gain in {gate['metric']} over {gate['incumbent']} on {gate['num_pairs']} held-out pairs: "
+        f"{gate['gain']:+.4f} [{gate['ci_low']:+.4f}, {gate['ci_high']:+.4f}]; accuracy "
+        f"{gate['old']['accuracy']:.3f} -> {gate['new']['accuracy']:.3f}"
+    )

@@ -69,30 +69,42 @@ def play(stages: Stages, config: RunConfig, state: RunState, *, announce: Callab
     """
     while state.phase is not Phase.DONE:
         announce(state)
-        match state.phase:
-            case Phase.SFT:
-                stages.sft()
-            case Phase.COLLECT:
-                stages.collect(state)
-            case Phase.LABEL:
-                stages.label(state)
-            case Phase.REFRESH:
-                state = stages.refresh(state)
-            case Phase.CALIBRATE:
-                stages.calibrate(state)
-            case Phase.BASELINE:
-                stages.baseline(state)
-            case Phase.OPTIMISE:
-                state = _optimise(stages, config, state)
-                stages.reached(state)
-                continue
-            case Phase.EVALUATE:
-                stages.evaluate(state)
-            case Phase.RANK:
-                state = stages.rank(state)
-        state = schedule.after(state, config)
+        if state.phase is Phase.OPTIMISE:
+            state = _optimise(stages, config, state)
+        else:
+            state = schedule.after(carry_out(stages, state), config)
         stages.reached(state)
     announce(state)
+    return state
+
+
+def carry_out(stages: Stages, state: RunState) -> RunState:
+    """Carry out a phase other than the iterations.
+
+    Args:
+        stages: Who does it.
+        state: Where the run stands.
+
+    Returns:
+        The state with what the phase has decided, still in that phase.
+    """
+    match state.phase:
+        case Phase.SFT:
+            stages.sft()
+        case Phase.COLLECT:
+            stages.collect(state)
+        case Phase.LABEL:
+            stages.label(state)
+        case Phase.REFRESH:
+            return stages.refresh(state)
+        case Phase.CALIBRATE:
+            stages.calibrate(state)
+        case Phase.BASELINE:
+            stages.baseline(state)
+        case Phase.EVALUATE:
+            stages.evaluate(state)
+        case Phase.RANK:
+            return stages.rank(state)
     return state
 
 

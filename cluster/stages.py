@@ -7,6 +7,7 @@ with the same data and trains and labels nothing twice.
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,18 +53,30 @@ class PromptSource(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a run is put together from."""
+
+    crew: Crew
+    """The workers."""
+    collection: Collection
+    """Tasks and labels."""
+    refresh: Refresh
+    """Reward models."""
+    prompts: PromptSource
+    """The training and the held-out prompts."""
+    make_ranking: Callable[[Callable[[int], Evaluation]], Ranking]
+    """Makes the ladder's keeper, given how a version is evaluated."""
+
+
 class RunStages:
     """Everything a run does besides its iterations.
 
     Args:
         config: The run's configuration.
         directory: Of the run.
-        crew: The workers.
-        collection: Tasks and labels.
-        refresh: Reward models.
-        make_ranking: Makes the ladder's keeper, given how a version is evaluated.
+        parts: What it is put together from.
         open_sinks: Opens the metric sinks, given the iterations that stand.
-        prompts: The training and the held-out prompts.
         progress: Shows the figures of a running stage.
     """
 
@@ -71,23 +84,19 @@ class RunStages:
         self,
         config: RunConfig,
         directory: RunDirectory,
+        parts: Parts,
         *,
-        crew: Crew,
-        collection: Collection,
-        refresh: Refresh,
-        make_ranking: Callable[[Callable[[int], Evaluation]], Ranking],
         open_sinks: Callable[[int], Sinks],
-        prompts: PromptSource,
         progress: Progress,
     ) -> None:
         self.config = config
         self.directory = directory
-        self._crew = crew
-        self._collection = collection
-        self._refresh = refresh
-        self._ranking = make_ranking(self._evaluated)
+        self._crew = parts.crew
+        self._collection = parts.collection
+        self._refresh = parts.refresh
+        self._prompts = parts.prompts
+        self._ranking = parts.make_ranking(self._evaluated)
         self._open_sinks = open_sinks
-        self._prompts = prompts
         self._progress = progress
         self._resumed: checkpoint.Checkpoint | None = None
         self._sinks: Sinks | None = None

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from configs.base import DottedPath, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from configs.data import SourceConfig
 
 
 class PeopleConfig(Section):
@@ -30,8 +31,16 @@ class PeopleConfig(Section):
     """Failures that a labeler may tick for each response."""
     check_period: NonNegativeInt = 0
     """An attention check with a known answer after every so many tasks; 0 for none."""
+    checks: SourceConfig | None = None
+    """Where the attention checks come from: preferences whose `chosen` anybody who reads would choose."""
     min_read_s: NonNegativeFloat = 0.0
     """Refuse answers that come sooner than this after the task was shown."""
+
+    @model_validator(mode="after")
+    def _checks_come_from_somewhere(self) -> Self:
+        if self.check_period and self.checks is None:
+            raise ValueError("check_period needs checks: say where the attention checks come from")
+        return self
 
 
 class SimulatedLabelerConfig(Section):

@@ -55,6 +55,8 @@ class GateConfig(Section):
     bootstrap_resamples: PositiveInt = 2000
     pairs: Literal["newest", "all"] = "newest"
     """Held-out pairs of this round alone, or of all sources."""
+    min_prompts: PositiveInt = 20
+    """With fewer held-out prompts the gate cannot tell, and the old reward model stays."""
 
 
 class GuardsConfig(Section):

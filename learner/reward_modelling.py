@@ -33,7 +33,6 @@ from learner.supervised_loop import (
 )
 from learner.training import TrainingEngine
 from learner.validation import paired_gain, validation_report
-from protocol.errors import UserError
 from protocol.tokens import load_tokenizer
 
 
@@ -239,11 +238,15 @@ def _gate(
     settings = config.rounds.gate
     newest = job.sources[-1].name
     judged = [index for index in heldout if settings.pairs == "all" or task.elements[index].source == newest]
-    if not judged:
-        raise UserError(
-            f"no held-out pair of {newest} is there to compare the new reward model with the old one",
-            next_step="collect more comparisons a round, or raise learner.reward_model.heldout_fraction",
-        )
+    if len(judged) < settings.min_prompts:
+        return {
+            "incumbent": job.incumbent.name,
+            "pairs": settings.pairs,
+            "passed": False,
+            "num_prompts": len(judged),
+            "why": f"{len(judged)} held-out prompts of {newest} are too few to tell (rounds.gate.min_prompts = "
+            f"{settings.min_prompts}); collect more comparisons, or raise learner.reward_model.heldout_fraction",
+        }
     model = load_scalar(job.incumbent, precision=config.learner.precision)
     optimizer = config.learner.reward_model.optimizer
     engine = context.make_engine(model, optimizer=optimizer, name="incumbent", total_steps=1)

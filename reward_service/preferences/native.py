@@ -8,9 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-from pyarrow import parquet
-
 from protocol.datasets import open_records
 from protocol.errors import UserError
 from reward_service.preferences.records import (
@@ -24,24 +21,19 @@ from reward_service.preferences.records import (
 
 _NAME, _VERSION = "rondo-preferences", 1
 # For people and queries; `body` holds the whole record.
-_SCHEMA = pyarrow.schema(
-    [
-        ("record", pyarrow.string()),
-        ("task_id", pyarrow.string()),
-        ("round", pyarrow.int64()),
-        ("purpose", pyarrow.string()),
-        ("kind", pyarrow.string()),
-        ("label_id", pyarrow.string()),
-        ("labeler_id", pyarrow.string()),
-        ("labeler_kind", pyarrow.string()),
-        ("verdict", pyarrow.string()),
-        ("winner", pyarrow.string()),
-        ("strength", pyarrow.int64()),
-        ("submitted_at", pyarrow.float64()),
-        ("supersedes", pyarrow.string()),
-        ("body", pyarrow.string()),
-    ],
-    metadata={"format": _NAME, "version": str(_VERSION)},
+_WHOLE = ("round", "strength")
+_TEXTS = (
+    "record",
+    "task_id",
+    "purpose",
+    "kind",
+    "label_id",
+    "labeler_id",
+    "labeler_kind",
+    "verdict",
+    "winner",
+    "supersedes",
+    "body",
 )
 
 
@@ -55,8 +47,14 @@ def write_jsonl(path: Path, tasks: Iterable[Task], labels: Iterable[Label]) -> N
 
 def write_parquet(path: Path, tasks: Iterable[Task], labels: Iterable[Label]) -> None:
     """Write tasks, then labels, one row each: a few columns for queries, and the whole record as JSON."""
+    # The store imports this module, and most of its users never write Parquet.
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = [(name, pyarrow.int64()) for name in _WHOLE] + [(name, pyarrow.string()) for name in _TEXTS]
+    schema = pyarrow.schema([*columns, ("submitted_at", pyarrow.float64())], metadata={"format": _NAME})
     rows = [_flat(row) for row in _rows(tasks, labels)]
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_SCHEMA), path)
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
 
 
 def read_native(path: Path) -> tuple[list[Task], list[Label]]:
@@ -98,7 +96,7 @@ def _rows(tasks: Iterable[Task], labels: Iterable[Label]) -> Iterator[dict[str, 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     outcome = row.get("outcome", {})
-    columns = {name: row.get(name, outcome.get(name)) for name in _SCHEMA.names}
+    columns = {name: row.get(name, outcome.get(name)) for name in (*_WHOLE, *_TEXTS, "submitted_at")}
     return {**columns, "body": json.dumps(row)}
 
 

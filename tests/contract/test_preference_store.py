@@ -57,7 +57,7 @@ def task(number: int, **changes: object) -> Task:
         Candidate(
             candidate_id=name,
             # What a model may write: null characters, half characters, bidi controls.
-            text=f"answer {name} \x00 \ud83d ‮ <script>",
+            text=f"answer {name} \x00 \ud83d \u202e <script>",
             policy=f"v00{place}",
             policy_version=place,
             sampling={"temperature": 0.1},

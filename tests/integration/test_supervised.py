@@ -333,6 +333,7 @@ def test_a_refreshed_reward_model_is_judged_beside_the_one_before(policy: Path, 
         "data.preferences.count=200",
         "learner.reward_model.num_epochs=6",
         "learner.reward_model.heldout_fraction=0.3",
+        "rounds.gate.min_prompts=5",
         "learner.reward_model.optimizer.learning_rate=3e-3",
     )
     config = small_config(tmp_path, *settings)

@@ -46,7 +46,8 @@ def test_it_leaves_everything_that_a_run_promises(trained: tuple[Path, str]) -> 
         "config.yaml",
         "metrics.jsonl",
         "evaluation.json",
-        "calibrations.json",
+        "rounds/r001/calibrations.json",
+        "ladder.json",
         "tensorboard",
         "rollouts",
         "policies/v000",
@@ -97,7 +98,7 @@ def test_a_finished_run_is_shown_not_repeated(trained: tuple[Path, str]) -> None
     assert "nothing to do" in done.stdout
     assert (run / "metrics.jsonl").read_bytes() == before
     shown = rondo("status", str(run))
-    assert "policy v004" in shown.stdout
+    assert "policies/v004" in shown.stdout
     assert rondo("ckpt", "verify", str(run)).returncode == 0
 
 
@@ -108,7 +109,7 @@ def test_the_exports_load_in_transformers_and_score_as_in_the_pool(trained: tupl
 
     run, _ = trained
     table = parquet.read_table(run / "rollouts" / "v00000.parquet").to_pylist()
-    calibration = json.loads((run / "calibrations.json").read_text())["reward_model"]
+    calibration = json.loads((run / "rounds/r001/calibrations.json").read_text())["reward_model"]
     model = AutoModelForSequenceClassification.from_pretrained(run / "reward_models" / "v000").eval()
     for row in table[:8]:
         ids = torch.tensor([[*row["prompt_ids"], *row["response_ids"]]])

@@ -113,6 +113,7 @@ if (waiting() !== null) deliver();
 
 // --- The answer ------------------------------------------------------------------------------------------------------
 const shownAt = performance.now();
+let leaseTimer = 0;
 
 function missing(data) {
   if (data.get("action") === "skip") return data.has("reason") ? null : ["Say why you skip it.", "reason"];
@@ -141,6 +142,7 @@ function submitted(event) {
     if (name) form.querySelector(`[name="${name}"]`).focus();
     return;
   }
+  clearTimeout(leaseTimer);
   shelf.set(slot, new URLSearchParams(data).toString());
   say("Sending …");
   deliver();
@@ -276,7 +278,7 @@ function start() {
   useKeys.checked = shelf.get("keys") !== "off";
   useKeys.addEventListener("change", () => shelf.set("keys", useKeys.checked ? "on" : "off"));
   const left = Number(form.dataset.leftS);
-  if (left > 0 && left < 2e6) setTimeout(leaseEnds, left * 1000);
+  if (left > 0 && left < 2e6) leaseTimer = setTimeout(leaseEnds, left * 1000);
   if (places.length) {
     form.addEventListener("change", changed);
     form.addEventListener("focusin", (event) => {
