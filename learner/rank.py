@@ -20,6 +20,7 @@ from learner.models import ScalarModel, load_critic, load_policy, load_scalar, s
 from learner.supervised_loop import StageContext, layout_of
 from learner.training import NonFiniteError, RankContext
 from learner.update import Updater, UpdateSettings
+from protocol.broadcast import Meeting
 from protocol.messages import (
     IntArray,
     ReferenceLogprobs,
@@ -32,7 +33,7 @@ from protocol.messages import (
     UpdateReport,
 )
 from protocol.tokens import decode, load_tokenizer
-from protocol.weights import ByteArray, WeightManifest
+from protocol.weights import ByteArray, TensorSlot, WeightManifest
 
 Group = tuple[Sequence[Rollout], RewardScores, ReferenceLogprobs]
 
@@ -51,6 +52,8 @@ class Rank:
         self.context = context
         self.progress: dict[str, Any] = {}
         self.policy_version: int | None = None
+        # The version that the policy still is, bit for bit; None once it has been learned on or replaced.
+        self._standing: int | None = None
         self._config = config
         self._incidents = run_directory / "incidents"
         self._updater: Updater | None = None
@@ -79,6 +82,7 @@ class Rank:
         if self._updater is not None:
             for engine in (self._updater.policy, self._updater.critic):
                 engine.close()
+        self._standing = None
         config = self._config
         learner, algorithm = config.learner, config.algorithm
         network = load_policy(policy, precision=learner.precision)
@@ -123,6 +127,7 @@ class Rank:
             NonFiniteError: If a number is not finite; the batch is kept in the run's incidents.
         """
         updater = self._running()
+        self._standing = None
         version = -1 if self.policy_version is None else self.policy_version
         batch = assemble(groups, round=round, iteration=iteration, policy_version=version)
         self._batch, self._kl_nats, self._kl_beta = batch, {}, updater.kl_beta
@@ -141,10 +146,39 @@ class Rank:
         yield from weight_sender.publish(
             self._running().policy,
             policy_version=policy_version,
-            bucket_bytes=int(self._config.learner.bucket_mib * 2**20),
+            bucket_bytes=self._bucket_bytes,
             dtype=self._config.rollout.dtype,
         )
-        self.policy_version = policy_version
+        self.policy_version = self._standing = policy_version
+
+    def announce(self, policy_version: int) -> WeightManifest | None:
+        """Publish the policy without sending it: gather it once for its manifest, which rank 0 returns."""
+        manifest = None
+        for item in self.publish(policy_version):
+            manifest = item if isinstance(item, WeightManifest) else None
+        return manifest
+
+    def broadcast(
+        self, policy_version: int, meeting: Meeting | None, *, receivers: int, timeout_s: float
+    ) -> str | None:
+        """Send an announced version to those that join; say why not all of them got it (weight_sender.broadcast).
+
+        Raises:
+            RuntimeError: If the policy is not that version any more.
+        """
+        slots = self._standing_slots(policy_version)
+        policy = self._running().policy
+        return weight_sender.broadcast(policy, slots, meeting, receivers=receivers, timeout_s=timeout_s)
+
+    def buckets(self, policy_version: int) -> Iterator[ByteArray]:
+        """Gather an announced version once more; rank 0 yields its buckets, the others nothing.
+
+        Raises:
+            RuntimeError: If the policy is not that version any more.
+        """
+        for bucket in weight_sender.buckets(self._running().policy, self._standing_slots(policy_version)):
+            if self.context.rank == 0:
+                yield bucket
 
     def samples(self, keys: Sequence[RolloutKey]) -> tuple[SampleText, ...]:
         """Decode a few responses of the last batch."""
@@ -166,6 +200,7 @@ class Rank:
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote; the files must have been verified."""
         updater = self._running()
+        self._standing = None
         state = checkpoint.load(directory, engines={"policy": updater.policy, "critic": updater.critic})
         self.policy_version = state.policy_version
         if updater.controller is not None and state.kl_controller is not None:
@@ -174,6 +209,20 @@ class Rank:
     def export(self, directory: Path, *, card: Mapping[str, Any]) -> None:
         """Write the policy as a plain Hugging Face directory."""
         export_policy(self._running().policy, self._tokenizer, directory, card=card)
+
+    @property
+    def _bucket_bytes(self) -> int:
+        return int(self._config.learner.bucket_mib * 2**20)
+
+    def _standing_slots(self, policy_version: int) -> tuple[TensorSlot, ...]:
+        if policy_version != self._standing:
+            raise RuntimeError(
+                f"policy version {policy_version} cannot be sent again: the policy "
+                + ("has changed since it was published" if self._standing is None else f"is version {self._standing}")
+            )
+        return weight_sender.plan(
+            self._running().policy, bucket_bytes=self._bucket_bytes, dtype=self._config.rollout.dtype
+        )
 
     def _running(self) -> Updater:
         if self._updater is None:
