@@ -52,7 +52,6 @@ class VLLMEngine:
             ValueError: If the tokenizer has no EOS token.
         """
         _check_environment(config, backend)
-        weight_receiver.register()
         self._config = config
         self._engine = _build(model_path, config, backend)
         self._num_added = 0
@@ -253,6 +252,7 @@ def _engine_args(model_path: str, config: RolloutConfig, backend: Backend) -> En
         async_scheduling=False,
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
+        worker_extension_cls=f"{weight_receiver.__name__}.{weight_receiver.WorkerExtension.__name__}",
         weight_transfer_config=WeightTransferConfig(backend=transfer),
         use_tqdm_on_load=False,
         **(_cpu_args(context) if backend == "cpu" else _cuda_args(config)),

@@ -178,8 +178,12 @@ class VisibleWeights(QuantizationConfig):
         return None
 
 
+class WorkerExtension:
+    """Makes vLLM import this module in the processes of an engine's ranks, where its names must be known too."""
+
+
 def register() -> None:
-    """Make vLLM know this module's names; needed once a process, before an engine is built."""
+    """Make vLLM know this module's names; once a process, when this module is imported there."""
     if BUCKETS not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BUCKETS, BucketReceiver)
         register_quantization_config(VISIBLE_WEIGHTS)(VisibleWeights)
@@ -201,6 +205,9 @@ def parameter_checksum(worker: Any) -> int:
     parallelism the ranks' sums add up to the whole: what every rank holds in full counts on the first one.
     """
     return checksum(_parameter_bytes(worker.get_model(), rank=worker.rank))
+
+
+register()
 
 
 def _tensor_of(buffer: ByteArray) -> Tensor:
