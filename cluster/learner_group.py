@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.pool import DeadlineError, Handle, cause_of, node_of, wait
+from cluster.pool import DeadlineError, Handle, node_of, wait
 from configs.run import RunConfig
 from protocol.messages import RolloutKey, SampleText, UpdateReport
 from protocol.roles import Payload, Publication, ScoredReferences
@@ -69,10 +69,7 @@ class LearnerGroup:
             )
             return Publication(manifest=manifest, broadcast=broadcast)
         refs = _streamed(self._ranks, "publish", policy_version, deadline_s=self._deadlines.publish_s)
-        try:
-            manifest: WeightManifest = ray.get(refs[-1])
-        except RayTaskError as error:
-            raise cause_of(error) from None
+        manifest: WeightManifest = _closing(refs, deadline_s=self._deadlines.publish_s)
         return Publication(manifest=manifest, buckets=tuple(refs[:-1]))
 
     def samples(
@@ -165,7 +162,8 @@ class LearnerBroadcast:
         """Gather the buckets once more, into the object store."""
         if not self._stored:
             refs = _streamed(self._ranks, "buckets", self._version, deadline_s=self._publish_s)
-            self._stored = tuple(refs)
+            _closing(refs, deadline_s=self._publish_s)
+            self._stored = tuple(refs[:-1])
         return self._stored
 
 
@@ -182,6 +180,12 @@ def _streamed(ranks: Sequence[Handle], method: str, version: int, *, deadline_s:
     deadline = monotonic() + deadline_s
     streams = [getattr(rank, method).remote(version) for rank in ranks]
     return [ref for stream in streams for ref in _drain(stream, deadline=deadline, version=version)]
+
+
+def _closing(refs: Sequence[Any], *, deadline_s: float) -> Any:
+    """Fetch the last item of a stream: the small one that says that all is there, or why not."""
+    [item] = wait(refs[-1:], deadline_s=deadline_s, what="the end of a publish", key="cluster.deadlines.publish_s")
+    return item
 
 
 def _drain(stream: Any, *, deadline: float, version: int) -> list[Any]:

@@ -162,9 +162,14 @@ class LearnerRank:
         if meeting is not None:
             meeting.excuse(receivers)
 
-    def buckets(self, policy_version: int) -> Iterator[ByteArray]:
-        """Yield the buckets of an announced version, on rank 0; nothing elsewhere."""
-        yield from self._do("publish").buckets(policy_version)
+    def buckets(self, policy_version: int) -> Iterator[ByteArray | int]:
+        """Yield the buckets of an announced version and then how many they were, on rank 0; nothing elsewhere."""
+        count = 0
+        for bucket in self._do("publish").buckets(policy_version):
+            yield bucket
+            count += 1
+        if count:
+            yield count
 
     def samples(self, keys: Sequence[RolloutKey]) -> tuple[SampleText, ...]:
         """Decode a few responses of the last batch."""

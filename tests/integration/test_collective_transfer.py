@@ -207,6 +207,7 @@ def test_a_corrupted_bucket_is_refused(
     assert len({proof.loaded_checksum for proof in proofs}) == 1
 
 
+@pytest.mark.slow  # a third replacement, by the path of the first
 def test_a_worker_lost_after_a_broadcast_catches_up_through_the_object_store(
     learner: LearnerGroup, pool: RolloutPool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -226,8 +227,8 @@ def test_a_version_that_the_learner_no_longer_holds_cannot_be_sent_again(
     old = learner.publish(policy_version=7)
     new = learner.publish(policy_version=8)
     with pytest.raises(RuntimeError, match="version 7 cannot be sent again: the policy is version 8"):
-        ray.get(list(old.stored()), timeout=60)
+        old.stored()
     learner.start_rl(policy=directory / "stale", reward_model=None)
     for publication in (old, new):
         with pytest.raises(RuntimeError, match="cannot be sent again: the policy has changed"):
-            ray.get(list(publication.stored()), timeout=60)
+            publication.stored()
