@@ -29,7 +29,7 @@ from actors.errors import EngineFailedError
 from actors.sampling import EngineOutput, SamplingPlan, check_requests, context_tokens, plan_sampling, to_rollout
 from configs.rollout import RolloutConfig
 from protocol.messages import Rollout, RolloutRequest
-from protocol.weights import ByteArray, WeightManifest
+from protocol.weights import ByteArray, Rendezvous, WeightManifest
 
 _GIB = 2**30
 # Prompt tokens that one step may take in on a CPU; a longer context raises it.
@@ -52,7 +52,6 @@ class VLLMEngine:
             ValueError: If the tokenizer has no EOS token.
         """
         _check_environment(config, backend)
-        weight_receiver.register()
         self._config = config
         self._engine = _build(model_path, config, backend)
         self._num_added = 0
@@ -140,11 +139,49 @@ class VLLMEngine:
         Raises:
             WeightMismatchError: If a bucket's bytes are not those that were published.
         """
+        self._replace(manifest, fetch)
+
+    def receive(
+        self, manifest: WeightManifest, rendezvous: Rendezvous, *, first_receiver: int, address: str, timeout_s: float
+    ) -> None:
+        """Replace the weights by a broadcast that every rank of this engine joins.
+
+        After an error the engine can be loaded again, but holds weights of no version until then.
+
+        Args:
+            manifest: What comes.
+            rendezvous: Where to join.
+            first_receiver: The number of this engine's first rank among all receivers.
+            address: Of this node.
+            timeout_s: How long the broadcast may take.
+
+        Raises:
+            BroadcastError: If it did not reach this engine.
+            WeightMismatchError: If a bucket's bytes are not those that were published.
+        """
+        invitation = {
+            "rendezvous": rendezvous,
+            "first_receiver": first_receiver,
+            "address": address,
+            "timeout_s": timeout_s,
+        }
+        try:
+            self._engine.collective_rpc("init_weight_transfer_engine", args=(invitation,))
+            self._replace(manifest, lambda bucket: None)
+        finally:
+            self._engine.collective_rpc("shutdown_weight_transfer_engine")
+
+    def _replace(self, manifest: WeightManifest, fetch: Callable[[int], ByteArray | None]) -> None:
         self._engine.collective_rpc("start_weight_update")
         try:
-            for bucket, digest in enumerate(manifest.bucket_digests):
-                slots = [slot for slot in manifest.slots if slot.bucket == bucket]
-                self._update({"slots": slots, "buffer": fetch(bucket), "digest": digest})
+            for bucket, num_bytes in enumerate(manifest.bucket_bytes):
+                update = {
+                    "slots": [slot for slot in manifest.slots if slot.bucket == bucket],
+                    "digest": manifest.bucket_digests[bucket],
+                    "num_bytes": num_bytes,
+                    "buffer": fetch(bucket),
+                }
+                self._engine.collective_rpc("update_weights", args=(update,))
             self._engine.collective_rpc("finish_weight_update")
         except BaseException:
             self._engine.collective_rpc(weight_receiver.abandon_update)
@@ -154,9 +191,6 @@ class VLLMEngine:
     def checksum(self) -> int:
         """Sum the bit patterns of the parameters that are computed with, each storage once."""
         return sum(self._engine.collective_rpc(weight_receiver.parameter_checksum)) % 2**64
-
-    def _update(self, info: dict[str, Any]) -> None:
-        self._engine.collective_rpc("update_weights", args=(info,))
 
     def _add(self, token_ids: list[int], params: SamplingParams) -> str:
         self._num_added += 1
@@ -205,7 +239,7 @@ def _cache_bytes(vllm_config: VllmConfig, config: RolloutConfig) -> int:
 
 def _engine_args(model_path: str, config: RolloutConfig, backend: Backend) -> EngineArgs:
     context = context_tokens(config)
-    transfer = weight_receiver.OBJECT_STORE
+    transfer = weight_receiver.BUCKETS
     return EngineArgs(
         model=model_path,
         dtype=config.dtype,
@@ -218,6 +252,7 @@ def _engine_args(model_path: str, config: RolloutConfig, backend: Backend) -> En
         async_scheduling=False,
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
+        worker_extension_cls=f"{weight_receiver.__name__}.{weight_receiver.WorkerExtension.__name__}",
         weight_transfer_config=WeightTransferConfig(backend=transfer),
         use_tqdm_on_load=False,
         **(_cpu_args(context) if backend == "cpu" else _cuda_args(config)),

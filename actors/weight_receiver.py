@@ -1,8 +1,9 @@
 """How published weights get into a running vLLM engine, and how it can be proved that they did.
 
-`ObjectStoreReceiver` takes one bucket of bytes at a time, as the manifest's slots describe it, and hands the tensors to
-the model's own loader, which concatenates, pads and shards them. It is registered with vLLM under the name
-`rondo_object_store`.
+`BucketReceiver` takes one bucket of bytes at a time, as the manifest's slots describe it, and hands the tensors to the
+model's own loader, which concatenates, pads and shards them. A bucket is handed over by whoever fetched it from the
+object store, or comes over a broadcast group that every rank of the engine has joined. It is registered with vLLM under
+the name `rondo_buckets`.
 
 On a CPU vLLM repacks the weights of linear layers for oneDNN and drops the originals. What is then computed with can
 neither be summed nor be told apart from stale copies: a tied head that was not sent by name keeps its old packed copy
@@ -18,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -31,34 +33,57 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.errors import WeightMismatchError
-from protocol.weights import ByteArray, TensorSlot, checksum, digest
+from protocol import broadcast
+from protocol.weights import ByteArray, Rendezvous, TensorSlot, checksum, digest
 
-OBJECT_STORE = "rondo_object_store"
+BUCKETS = "rondo_buckets"
 VISIBLE_WEIGHTS = "rondo_visible_weights"
 
 
 @dataclass
-class NoInitInfo(WeightTransferInitInfo):
-    """Nothing has to be agreed on before the first bucket."""
+class Invitation(WeightTransferInitInfo):
+    """One broadcast that all ranks of an engine join."""
+
+    rendezvous: Rendezvous
+    first_receiver: int
+    """The number of the engine's first rank among all receivers; the others follow."""
+    address: str
+    """Of the engine's node."""
+    timeout_s: float
 
 
 @dataclass
 class BucketUpdate(WeightTransferUpdateInfo):
-    """One bucket: its bytes, what lies where in it, and the digest that it must have."""
+    """One bucket: what lies where in it, the digest that it must have, and its bytes."""
 
     slots: Sequence[TensorSlot]
-    buffer: ByteArray
     digest: str
+    num_bytes: int
+    buffer: ByteArray | None = None
+    """None if they are the next ones of the broadcast."""
 
 
-class ObjectStoreReceiver(WeightTransferEngine[NoInitInfo, BucketUpdate]):
-    """Loads buckets that somebody else fetched, layer by layer, into the storage the model computes with."""
+class BucketReceiver(WeightTransferEngine[Invitation, BucketUpdate]):
+    """Loads buckets, layer by layer, into the storage the model computes with."""
 
-    init_info_cls = NoInitInfo
+    init_info_cls = Invitation
     update_info_cls = BucketUpdate
+    _group: broadcast.Group | None = None
 
-    def init_transfer_engine(self, init_info: NoInitInfo) -> None:
-        """Do nothing: buckets come by reference, there is no connection."""
+    def init_transfer_engine(self, init_info: Invitation) -> None:
+        """Join a broadcast; buckets that are handed over need no connection.
+
+        Raises:
+            BroadcastError: If it goes on without this rank, or does not begin in time.
+        """
+        self.shutdown()
+        self._group = broadcast.join(
+            init_info.rendezvous,
+            receiver=init_info.first_receiver + get_tensor_model_parallel_rank(),
+            address=init_info.address,
+            device=self.device,
+            timeout_s=init_info.timeout_s,
+        )
 
     def start_weight_update(self) -> None:
         """Make the model expect a whole checkpoint."""
@@ -75,18 +100,37 @@ class ObjectStoreReceiver(WeightTransferEngine[NoInitInfo, BucketUpdate]):
 
         Raises:
             WeightMismatchError: If the bytes are not those that were published; nothing of them is loaded.
+            BroadcastError: If they do not come.
         """
-        actual = digest(update_info.buffer)
+        flat = self._next(update_info.num_bytes) if update_info.buffer is None else _tensor_of(update_info.buffer)
+        actual = digest(flat.cpu().numpy())
         if actual != update_info.digest:
             raise WeightMismatchError(f"a bucket has the digest {actual}, the manifest says {update_info.digest}")
-        cast(Any, self.model).load_weights(_tensors(update_info))
+        cast(Any, self.model).load_weights(_tensors(flat, update_info.slots))
 
     def finish_weight_update(self) -> None:
-        """Put the model back into its running form, whether or not everything came."""
+        """Leave the broadcast together with the others, and put the model back into its running form.
+
+        Raises:
+            BroadcastError: If another member was lost meanwhile.
+        """
+        group, self._group = self._group, None
+        if group is not None:
+            group.finish()
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Do nothing: there is no connection."""
+        """Leave the broadcast, if there is one, without waiting for the others."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.close()
+
+    def _next(self, num_bytes: int) -> Tensor:
+        if self._group is None:
+            raise broadcast.BroadcastError("this engine has joined no broadcast")
+        flat = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        self._group.broadcast(flat)
+        return flat
 
 
 class _VisibleLinear(UnquantizedLinearMethod):
@@ -134,10 +178,14 @@ class VisibleWeights(QuantizationConfig):
         return None
 
 
+class WorkerExtension:
+    """Makes vLLM import this module in the processes of an engine's ranks, where its names must be known too."""
+
+
 def register() -> None:
-    """Make vLLM know this module's names; needed once a process, before an engine is built."""
-    if OBJECT_STORE not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(OBJECT_STORE, ObjectStoreReceiver)
+    """Make vLLM know this module's names; once a process, when this module is imported there."""
+    if BUCKETS not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BUCKETS, BucketReceiver)
         register_quantization_config(VISIBLE_WEIGHTS)(VisibleWeights)
 
 
@@ -145,6 +193,7 @@ def abandon_update(worker: Any) -> None:
     """Bring a worker out of an update that failed half-way: structurally sound, with weights of no version."""
     # vLLM has no call for this: once update_weights() has raised, finish_weight_update() refuses to clean up.
     # A call over all workers gets vLLM's wrapper; the flag is the worker's own.
+    worker.worker.weight_transfer_engine.shutdown()
     worker.worker._weight_update_active = True
     worker.worker.finish_weight_update()
 
@@ -158,12 +207,18 @@ def parameter_checksum(worker: Any) -> int:
     return checksum(_parameter_bytes(worker.get_model(), rank=worker.rank))
 
 
-def _tensors(update: BucketUpdate) -> Iterator[tuple[str, Tensor]]:
+register()
+
+
+def _tensor_of(buffer: ByteArray) -> Tensor:
     with warnings.catch_warnings():
         # The bucket may lie read-only in the object store. The loader only reads it.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        flat = torch.frombuffer(update.buffer, dtype=torch.uint8)
-    for slot in update.slots:
+        return torch.frombuffer(buffer, dtype=torch.uint8)
+
+
+def _tensors(flat: Tensor, slots: Sequence[TensorSlot]) -> Iterator[tuple[str, Tensor]]:
+    for slot in slots:
         part = flat[slot.offset : slot.offset + slot.spec.num_bytes]
         yield slot.spec.name, part.view(getattr(torch, slot.spec.dtype)).reshape(slot.spec.shape)
 

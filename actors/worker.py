@@ -8,7 +8,7 @@ process ends, because a live actor with a dead engine would be given the same wo
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal, NoReturn
@@ -20,7 +20,7 @@ from actors.environment import Backend, environment
 from actors.errors import EngineFailedError, StaleWeightsError, WeightMismatchError
 from configs.rollout import RolloutConfig
 from protocol.messages import Rollout, RolloutMeta, RolloutRequest
-from protocol.weights import ByteArray, Canary, VersionProof, WeightManifest
+from protocol.weights import ByteArray, Canary, Rendezvous, VersionProof, WeightManifest
 
 __all__ = ["CONTROL_GROUP", "RolloutWorker", "WorkerStatus", "environment", "remote_class"]
 
@@ -96,7 +96,7 @@ class RolloutWorker:
             self._state = "idle"
 
     def load(self, manifest: WeightManifest, buckets: Sequence[Any], *, timeout_s: float = 600.0) -> VersionProof:
-        """Load a published version and prove it.
+        """Load a published version from the object store and prove it.
 
         Until the proof is complete the worker can prove nothing, so that after any error it refuses to sample.
 
@@ -112,11 +112,47 @@ class RolloutWorker:
             WeightMismatchError: If a bucket or the loaded parameters are not what the manifest says.
             ray.exceptions.GetTimeoutError: If a bucket did not come.
         """
+        if len(buckets) != len(manifest.bucket_digests):
+            self._policy_version = None
+            raise WeightMismatchError(f"{len(manifest.bucket_digests)} buckets were published, {len(buckets)} came")
+
+        def fetch(bucket: int) -> ByteArray:
+            return ray.get(buckets[bucket], timeout=timeout_s)
+
+        return self._replaced(manifest, lambda: self._engine.load(manifest, fetch))
+
+    def join(
+        self, manifest: WeightManifest, rendezvous: Rendezvous, *, first_receiver: int, timeout_s: float
+    ) -> VersionProof:
+        """Load a published version by broadcast and prove it, as `load` does.
+
+        Args:
+            manifest: What was announced.
+            rendezvous: Where to join.
+            first_receiver: The number of this engine's first rank among all receivers.
+            timeout_s: How long the broadcast may take.
+
+        Returns:
+            The proof.
+
+        Raises:
+            BroadcastError: If the broadcast did not reach this worker.
+            WeightMismatchError: As `load`.
+        """
+        address = ray.util.get_node_ip_address()
+        return self._replaced(
+            manifest,
+            lambda: self._engine.receive(
+                manifest, rendezvous, first_receiver=first_receiver, address=address, timeout_s=timeout_s
+            ),
+        )
+
+    def _replaced(self, manifest: WeightManifest, replace: Callable[[], None]) -> VersionProof:
         started = perf_counter()
         self._policy_version = None
         self._state = "publishing"
         try:
-            self._receive(manifest, buckets, timeout_s=timeout_s)
+            replace()
             loaded = self._check_loaded(manifest)
             gap = self._canary_gap(manifest.canary)
         except EngineFailedError as error:
@@ -144,15 +180,6 @@ class RolloutWorker:
             node_id=ray.get_runtime_context().get_node_id(),
             resident_bytes=psutil.Process().memory_info().rss,
         )
-
-    def _receive(self, manifest: WeightManifest, buckets: Sequence[Any], *, timeout_s: float) -> None:
-        if len(buckets) != len(manifest.bucket_digests):
-            raise WeightMismatchError(f"{len(manifest.bucket_digests)} buckets were published, {len(buckets)} came")
-
-        def fetch(bucket: int) -> ByteArray:
-            return ray.get(buckets[bucket], timeout=timeout_s)
-
-        self._engine.load(manifest, fetch)
 
     def _check_loaded(self, manifest: WeightManifest) -> int:
         loaded = self._engine.checksum()

@@ -1,5 +1,6 @@
 """The learner's ranks as one role: they start, learn, publish, save and stop together."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
@@ -8,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.pool import DeadlineError, Handle, cause_of, node_of, wait
+from cluster.pool import DeadlineError, Handle, node_of, wait
 from configs.run import RunConfig
 from protocol.messages import RolloutKey, SampleText, UpdateReport
-from protocol.roles import Publication, ScoredReferences
-from protocol.weights import WeightManifest
+from protocol.roles import Payload, Publication, ScoredReferences
+from protocol.weights import Rendezvous, WeightManifest
+
+_LOG = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from learner.comparisons import RewardModelJob
@@ -26,6 +29,7 @@ class LearnerGroup:
 
     def __init__(self, config: RunConfig, *, make: Callable[[int, str], Handle]) -> None:
         self._deadlines = config.cluster.deadlines
+        self._transfer = config.rollout.weight_transfer
         self._ranks = [make(rank, f"learner-{rank}") for rank in range(config.learner.workers)]
 
     def started(self) -> dict[str, str]:
@@ -58,21 +62,29 @@ class LearnerGroup:
         return self._on(self._ranks, "learn", "update", groups, round=round, iteration=iteration)[0]
 
     def publish(self, *, policy_version: int) -> Publication:
-        """Collect references to the buckets of a new version as rank 0 gathers them."""
-        return self._published([rank.publish.remote(policy_version) for rank in self._ranks], policy_version)
+        """Make a new version: collect references to its buckets as rank 0 gathers them, or announce a broadcast."""
+        if self._transfer == "collective":
+            # A member that hangs must leave the others time to come back through the object store; and the ranks that
+            # gather with rank 0 wait for it in a collective of their own, which learn_s bounds.
+            timeout_s = min(self._deadlines.publish_s, self._deadlines.learn_s) / 2
+            manifest, rendezvous = self._on(self._ranks, "publish", "announce", policy_version, timeout_s=timeout_s)[0]
+            broadcast = LearnerBroadcast(
+                self._ranks,
+                policy_version=policy_version,
+                rendezvous=rendezvous,
+                timeout_s=timeout_s,
+                publish_s=self._deadlines.publish_s,
+            )
+            return Publication(manifest=manifest, broadcast=broadcast)
+        refs = _streamed(self._ranks, "publish", policy_version, deadline_s=self._deadlines.publish_s)
+        manifest: WeightManifest = _closing(refs, deadline_s=self._deadlines.publish_s)
+        return Publication(manifest=manifest, buckets=tuple(refs[:-1]))
 
     def publish_stored(self, directory: Path, *, policy_version: int) -> Publication:
-        """Collect references to the buckets of a policy that was exported before."""
-        streams = [self._ranks[0].publish_stored.remote(directory, policy_version)]
-        return self._published(streams, policy_version)
-
-    def _published(self, streams: Sequence[Any], policy_version: int) -> Publication:
-        deadline = monotonic() + self._deadlines.publish_s
-        refs = [ref for stream in streams for ref in _drain(stream, deadline=deadline, version=policy_version)]
-        try:
-            manifest: WeightManifest = ray.get(refs[-1])
-        except RayTaskError as error:
-            raise cause_of(error) from None
+        """Collect references to the buckets of a policy that was exported before; rank 0 reads it alone."""
+        seconds = self._deadlines.publish_s
+        refs = _streamed(self._ranks[:1], "publish_stored", policy_version, directory, deadline_s=seconds)
+        manifest: WeightManifest = _closing(refs, deadline_s=seconds)
         return Publication(manifest=manifest, buckets=tuple(refs[:-1]))
 
     def samples(
@@ -123,12 +135,72 @@ class LearnerGroup:
         return wait(refs if not failed else done, deadline_s=_POLL_S, what=what, key="cluster.deadlines.stage_s")[0]
 
 
+class LearnerBroadcast:
+    """The Broadcast of one version, over the ranks that announced it."""
+
+    def __init__(
+        self,
+        ranks: Sequence[Handle],
+        *,
+        policy_version: int,
+        rendezvous: Rendezvous,
+        timeout_s: float,
+        publish_s: float,
+    ) -> None:
+        self.rendezvous = rendezvous
+        self.timeout_s = timeout_s
+        self._ranks = ranks
+        self._version = policy_version
+        self._publish_s = publish_s
+        self._sending: list[Any] = []
+        self._stored: tuple[Payload, ...] = ()
+
+    def send(self, *, receivers: int) -> None:
+        """Have all ranks gather, and rank 0 send to those that join."""
+        self._sending = [
+            rank.broadcast.remote(self._version, receivers=receivers, timeout_s=self.timeout_s) for rank in self._ranks
+        ]
+
+    def excuse(self, receivers: Sequence[int]) -> None:
+        """Tell rank 0 to go on without these."""
+        self._ranks[0].excuse.remote(list(receivers))
+
+    def finish(self) -> None:
+        """Wait until all ranks are through."""
+        what = f"learner.broadcast of version {self._version} on {len(self._ranks)} ranks"
+        key = "cluster.deadlines.publish_s"
+        failure = wait(self._sending, deadline_s=self._publish_s, what=what, key=key)[0]
+        if failure is not None:
+            _LOG.warning("the broadcast of version %d did not reach everybody: %s", self._version, failure)
+
+    def stored(self) -> tuple[Payload, ...]:
+        """Gather the buckets once more, into the object store."""
+        if not self._stored:
+            refs = _streamed(self._ranks, "buckets", self._version, deadline_s=self._publish_s)
+            _closing(refs, deadline_s=self._publish_s)
+            self._stored = tuple(refs[:-1])
+        return self._stored
+
+
 def _has_failed(ref: Any) -> bool:
     try:
         ray.get(ref)
     except (RayTaskError, RayActorError):
         return True
     return False
+
+
+def _streamed(ranks: Sequence[Handle], method: str, version: int, *args: Any, deadline_s: float) -> list[Any]:
+    """Call a streaming method on all ranks and collect the references that rank 0 yields."""
+    deadline = monotonic() + deadline_s
+    streams = [getattr(rank, method).remote(version, *args) for rank in ranks]
+    return [ref for stream in streams for ref in _drain(stream, deadline=deadline, version=version)]
+
+
+def _closing(refs: Sequence[Any], *, deadline_s: float) -> Any:
+    """Fetch the last item of a stream: the small one that says that all is there, or why not."""
+    [item] = wait(refs[-1:], deadline_s=deadline_s, what="the end of a publish", key="cluster.deadlines.publish_s")
+    return item
 
 
 def _drain(stream: Any, *, deadline: float, version: int) -> list[Any]:

@@ -13,7 +13,7 @@ from cluster.pool import FAILURES, DeadlineError, Handle, Member, Pool, cause_of
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
 from protocol.messages import Rollout, RolloutMeta, RolloutRequest
-from protocol.roles import Finished, Payload, Publication, RolloutRef, resolve
+from protocol.roles import Broadcast, Finished, Payload, Publication, RolloutRef, resolve
 from protocol.weights import VersionProof, WeightManifest
 
 _LOG = logging.getLogger(__name__)
@@ -82,7 +82,10 @@ class RolloutPool:
     def load(self, publication: Publication) -> tuple[VersionProof, ...]:
         """Bring every worker to the published version and have each prove it."""
         self._publication = publication
-        refs = [self._load(member.handle, publication) for member in self._pool.members]
+        if publication.broadcast is None:
+            refs = [self._load(member.handle, publication) for member in self._pool.members]
+        else:
+            refs = self._received(publication.manifest, publication.broadcast)
         return tuple(
             self._proven(member, ref, publication) for member, ref in zip(list(self._pool.members), refs, strict=True)
         )
@@ -101,7 +104,32 @@ class RolloutPool:
 
     def _load(self, handle: Handle, publication: Publication) -> Any:
         timeout_s = self._deadlines.publish_s
-        return handle.load.remote(publication.manifest, list(publication.buckets), timeout_s=timeout_s)
+        return handle.load.remote(publication.manifest, list(publication.stored()), timeout_s=timeout_s)
+
+    def _received(self, manifest: WeightManifest, broadcast: Broadcast) -> list[Any]:
+        """Have every worker join a broadcast and the learner send; wait until all are through or late.
+
+        Every rank of an engine is a receiver of its own. What became of a worker is judged from its reference, like
+        any other load.
+        """
+        deadline = monotonic() + self._deadlines.publish_s
+        size = self._config.tensor_parallel
+        refs = {
+            member.handle.join.remote(
+                manifest, broadcast.rendezvous, first_receiver=place * size, timeout_s=broadcast.timeout_s
+            ): range(place * size, (place + 1) * size)
+            for place, member in enumerate(self._pool.members)
+        }
+        broadcast.send(receivers=len(refs) * size)
+        pending = list(refs)
+        while pending:
+            done, pending = ray.wait(pending, timeout=max(0.0, deadline - monotonic()))
+            if not done:
+                break
+            if lost := [receiver for ref in done if _is_lost(ref) for receiver in refs[ref]]:
+                broadcast.excuse(lost)  # the others need not wait for a worker that died before it joined
+        broadcast.finish()
+        return list(refs)
 
     def _proven(self, member: Member, ref: Any, publication: Publication) -> VersionProof:
         """Judge a worker's proof; a worker without a good one is fenced, refreshed, and replaced if that fails."""
@@ -196,6 +224,16 @@ def check_proof(proof: VersionProof, manifest: WeightManifest, *, bound: float) 
             f"{proof.worker}: engine and learner differ by {proof.canary_gap_max:.3g} nats on the canary, over "
             f"rollout.logprob_gap_bound = {bound:g}"
         )
+
+
+def _is_lost(ref: Any) -> bool:
+    try:
+        ray.get(ref)
+    except FAILURES:
+        return True
+    except RayTaskError:
+        return False  # it is alive, and has left the broadcast by itself
+    return False
 
 
 def _first_line(error: BaseException) -> str:

@@ -40,8 +40,10 @@ class RolloutConfig(Section):
     """Share of each accelerator's memory that an engine may take (CUDA backend)."""
     enforce_eager: bool = True
 
-    weight_transfer: Literal["object_store", "nccl"] = "object_store"
-    """How published weights travel. `nccl` is refused for now; docs/adr/0004 says why."""
+    weight_transfer: Literal["object_store", "collective"] = "object_store"
+    """How published weights travel: through Ray's object store, or by a broadcast from the learner's first rank to all
+    ranks of all engines (gloo on a CPU, NCCL on CUDA). Whoever misses a broadcast loads from the object store. The NCCL
+    branch has never run on a GPU (docs/adr/0006)."""
     logprob_gap_bound: NonNegativeFloat = 1e-3
     """Largest allowed gap, in nats, between the engine's and the learner's log-prob of the canary's tokens after a
     publish. bfloat16 needs about 0.1."""

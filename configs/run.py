@@ -143,10 +143,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _backend_can_do_it(self) -> Self:
-        if self.rollout.weight_transfer == "nccl":
-            raise ValueError(
-                "rollout.weight_transfer = nccl is not available in this version; object_store works on every backend"
-            )
         if self.cluster.backend == "cpu" and self.rollout.tensor_parallel > 1:
             raise ValueError("rollout.tensor_parallel > 1 needs cluster.backend = cuda")
         return self

@@ -8,8 +8,7 @@ import torch
 import torch.distributed
 
 from learner.training import RankContext
-
-LOOPBACK = "127.0.0.1"
+from protocol.broadcast import LOOPBACK
 
 
 def listen(address: str) -> socket.socket:

@@ -22,6 +22,7 @@ from learner.stored_policy import StoredPolicy
 from learner.supervised_loop import StageContext, layout_of
 from learner.training import NonFiniteError, RankContext
 from learner.update import Updater, UpdateSettings
+from protocol.broadcast import Meeting
 from protocol.messages import (
     IntArray,
     ReferenceLogprobs,
@@ -34,7 +35,7 @@ from protocol.messages import (
     UpdateReport,
 )
 from protocol.tokens import decode, load_tokenizer
-from protocol.weights import ByteArray, WeightManifest
+from protocol.weights import ByteArray, TensorSlot, WeightManifest
 
 Group = tuple[Sequence[Rollout], RewardScores, ReferenceLogprobs]
 
@@ -53,6 +54,8 @@ class Rank:
         self.context = context
         self.progress: dict[str, Any] = {}
         self.policy_version: int | None = None
+        # The version that the policy still is, bit for bit; None once it has been learned on or replaced.
+        self._standing: int | None = None
         self._config = config
         self._incidents = run_directory / "incidents"
         self._updater: Updater | None = None
@@ -75,6 +78,7 @@ class Rank:
             for engine in (self._updater.policy, self._updater.critic):
                 engine.close()
         self._updater = None
+        self._standing = None
 
     def start_rl(self, *, policy: Path, reward_model: Path | None, iterations: int) -> None:
         """Build the engines of policy and critic; those of a round before are given up.
@@ -127,6 +131,7 @@ class Rank:
             NonFiniteError: If a number is not finite; the batch is kept in the run's incidents.
         """
         updater = self._running()
+        self._standing = None
         version = -1 if self.policy_version is None else self.policy_version
         batch = assemble(groups, round=round, iteration=iteration, policy_version=version)
         self._batch, self._kl_nats, self._kl_beta = batch, {}, updater.kl_beta
@@ -145,12 +150,41 @@ class Rank:
         yield from weight_sender.publish(
             self._running().policy,
             policy_version=policy_version,
-            bucket_bytes=int(self._config.learner.bucket_mib * 2**20),
+            bucket_bytes=self._bucket_bytes,
             dtype=self._config.rollout.dtype,
         )
-        self.policy_version = policy_version
+        self.policy_version = self._standing = policy_version
 
-    def publish_stored(self, directory: Path, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
+    def announce(self, policy_version: int) -> WeightManifest | None:
+        """Publish the policy without sending it: gather it once for its manifest, which rank 0 returns."""
+        manifest = None
+        for item in self.publish(policy_version):
+            manifest = item if isinstance(item, WeightManifest) else None
+        return manifest
+
+    def broadcast(
+        self, policy_version: int, meeting: Meeting | None, *, receivers: int, timeout_s: float
+    ) -> str | None:
+        """Send an announced version to those that join; say why not all of them got it (weight_sender.broadcast).
+
+        Raises:
+            RuntimeError: If the policy is not that version any more.
+        """
+        slots = self._standing_slots(policy_version)
+        policy = self._running().policy
+        return weight_sender.broadcast(policy, slots, meeting, receivers=receivers, timeout_s=timeout_s)
+
+    def buckets(self, policy_version: int) -> Iterator[ByteArray]:
+        """Gather an announced version once more; rank 0 yields its buckets, the others nothing.
+
+        Raises:
+            RuntimeError: If the policy is not that version any more.
+        """
+        for bucket in weight_sender.buckets(self._running().policy, self._standing_slots(policy_version)):
+            if self.context.rank == 0:
+                yield bucket
+
+    def publish_stored(self, policy_version: int, directory: Path) -> Iterator[ByteArray | WeightManifest]:
         """Publish a policy that was exported before, under its own version; rank 0 does it alone."""
         if self.context.rank != 0:
             return
@@ -158,7 +192,7 @@ class Rank:
         yield from weight_sender.publish(
             stored,
             policy_version=policy_version,
-            bucket_bytes=int(self._config.learner.bucket_mib * 2**20),
+            bucket_bytes=self._bucket_bytes,
             dtype=self._config.rollout.dtype,
         )
 
@@ -182,6 +216,7 @@ class Rank:
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote; the files must have been verified."""
         updater = self._running()
+        self._standing = None
         state = checkpoint.load(directory, engines={"policy": updater.policy, "critic": updater.critic})
         self.policy_version = state.policy_version
         if updater.controller is not None and state.kl_controller is not None:
@@ -190,6 +225,20 @@ class Rank:
     def export(self, directory: Path, *, card: Mapping[str, Any]) -> None:
         """Write the policy as a plain Hugging Face directory."""
         export_policy(self._running().policy, self._tokenizer, directory, card=card)
+
+    @property
+    def _bucket_bytes(self) -> int:
+        return int(self._config.learner.bucket_mib * 2**20)
+
+    def _standing_slots(self, policy_version: int) -> tuple[TensorSlot, ...]:
+        if policy_version != self._standing:
+            raise RuntimeError(
+                f"policy version {policy_version} cannot be sent again: the policy "
+                + ("has changed since it was published" if self._standing is None else f"is version {self._standing}")
+            )
+        return weight_sender.plan(
+            self._running().policy, bucket_bytes=self._bucket_bytes, dtype=self._config.rollout.dtype
+        )
 
     def _running(self) -> Updater:
         if self._updater is None:

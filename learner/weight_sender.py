@@ -1,4 +1,4 @@
-"""Publishing a policy: bounded buckets of bytes, and the manifest that proves them.
+"""Publishing a policy: bounded buckets of bytes, the manifest that proves them, and the sending end of a broadcast.
 
 Only one bucket's tensors are gathered at a time, so a publish never holds a second copy of the policy. Tied parameters
 are sent once, under the first of their names: an engine that ties them computes with that storage.
@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from learner.training import GatherableNetwork
+from protocol.broadcast import BroadcastError, Group, Meeting
 from protocol.weights import (
     ByteArray,
     Canary,
@@ -46,8 +48,22 @@ def specs(engine: GatherableNetwork, *, dtype: str) -> tuple[TensorSpec, ...]:
     )
 
 
-def buckets(engine: GatherableNetwork, slots: Sequence[TensorSlot]) -> Iterator[ByteArray]:
-    """Gather the policy bucket by bucket; all ranks must iterate to the end.
+def plan(engine: GatherableNetwork, *, bucket_bytes: int, dtype: str) -> tuple[TensorSlot, ...]:
+    """Lay the policy out in buckets; the same for every version of it.
+
+    Args:
+        engine: Over a PolicyModel.
+        bucket_bytes: The bound on a bucket.
+        dtype: As in `specs`.
+
+    Returns:
+        One slot a parameter.
+    """
+    return plan_buckets(specs(engine, dtype=dtype), bucket_bytes=bucket_bytes)
+
+
+def gathered(engine: GatherableNetwork, slots: Sequence[TensorSlot]) -> Iterator[Tensor]:
+    """Gather the policy bucket by bucket, on the device; all ranks must iterate to the end.
 
     Args:
         engine: Over a PolicyModel.
@@ -60,14 +76,60 @@ def buckets(engine: GatherableNetwork, slots: Sequence[TensorSlot]) -> Iterator[
         own = [slot for slot in slots if slot.bucket == number]
         tensors = engine.gather([_NETWORK_PREFIX + slot.spec.name for slot in own])
         if engine.context.rank != 0:
-            yield np.zeros(0, dtype=np.uint8)
+            yield torch.zeros(0, dtype=torch.uint8)
             continue
         # Filled on the device, so that an accelerator hands a whole bucket over at once.
         flat = torch.zeros(size, dtype=torch.uint8, device=engine.context.device)
         for slot, tensor in zip(own, tensors.values(), strict=True):
             part = flat[slot.offset : slot.offset + slot.spec.num_bytes]
             part.view(getattr(torch, slot.spec.dtype)).copy_(tensor.reshape(-1))
+        yield flat
+
+
+def buckets(engine: GatherableNetwork, slots: Sequence[TensorSlot]) -> Iterator[ByteArray]:
+    """Gather as `gathered`, into the memory of the host."""
+    for flat in gathered(engine, slots):
         yield flat.cpu().numpy()
+
+
+def broadcast(
+    engine: GatherableNetwork, slots: Sequence[TensorSlot], meeting: Meeting | None, *, receivers: int, timeout_s: float
+) -> str | None:
+    """Gather the policy and send each bucket to those that join the meeting; on all ranks.
+
+    The other ranks gather with this one, so a broadcast that fails is gathered to the end without being sent.
+
+    Args:
+        engine: Over a PolicyModel.
+        slots: The plan.
+        meeting: Where receivers join (rank 0); None elsewhere.
+        receivers: How many are invited.
+        timeout_s: How long the broadcast may take.
+
+    Returns:
+        Why not everybody who joined got everything; None if they did.
+    """
+    group: Group | None = None
+    failure: str | None = None
+    try:
+        if meeting is not None:
+            group = meeting.assemble(receivers=receivers, device=engine.context.device, timeout_s=timeout_s)
+    except RuntimeError as error:  # the store's own errors too: the other ranks already gather
+        failure = str(error)
+    for flat in gathered(engine, slots):
+        if group is None:
+            continue
+        try:
+            group.broadcast(flat)
+        except BroadcastError as error:
+            group.close()
+            group, failure = None, str(error)
+    try:
+        if group is not None:
+            group.finish()
+    except BroadcastError as error:
+        failure = str(error)
+    return failure
 
 
 def publish(
@@ -84,7 +146,7 @@ def publish(
     Yields:
         On rank 0 the buckets in order, then the manifest; elsewhere nothing.
     """
-    slots = plan_buckets(specs(engine, dtype=dtype), bucket_bytes=bucket_bytes)
+    slots = plan(engine, bucket_bytes=bucket_bytes, dtype=dtype)
     digests: list[str] = []
     total = 0
     first = engine.context.rank == 0

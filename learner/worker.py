@@ -15,13 +15,14 @@ import ray
 from configs.run import RunConfig
 from protocol.messages import RolloutKey, SampleText, UpdateReport
 from protocol.roles import RolloutRef, resolve
-from protocol.weights import ByteArray, WeightManifest
+from protocol.weights import ByteArray, Rendezvous, WeightManifest
 
 if TYPE_CHECKING:
     import socket
 
     from learner.comparisons import RewardModelJob
     from learner.rank import Rank
+    from protocol.broadcast import Meeting
 
 CONTROL_GROUP = "control"
 
@@ -46,6 +47,7 @@ class LearnerRank:
         self._config = config
         self._run_directory = Path(run_directory)
         self._listener: socket.socket | None = None
+        self._meeting: Meeting | None = None
         self._rank: Rank | None = None
         self._doing = "starting"
 
@@ -55,10 +57,7 @@ class LearnerRank:
         Returns:
             Address and port; the loopback address where all nodes are this machine.
         """
-        from learner.distributed import LOOPBACK, listen
-
-        hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-        self._listener = listen(LOOPBACK if len(hosts) == 1 else ray.util.get_node_ip_address())
+        self._listener = _listen()
         address, port = self._listener.getsockname()
         return address, port
 
@@ -123,9 +122,63 @@ class LearnerRank:
         """Yield the buckets of a new version and then its manifest, on rank 0; nothing elsewhere."""
         yield from self._do("publish").publish(policy_version)
 
-    def publish_stored(self, directory: Path, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
+    def publish_stored(self, policy_version: int, directory: Path) -> Iterator[ByteArray | WeightManifest]:
         """Yield the buckets and the manifest of an exported policy, on rank 0; nothing elsewhere."""
-        yield from self._do("publish").publish_stored(directory, policy_version)
+        yield from self._do("publish").publish_stored(policy_version, directory)
+
+    def announce(self, policy_version: int, *, timeout_s: float) -> tuple[WeightManifest, Rendezvous] | None:
+        """Publish a new version that will be broadcast.
+
+        Args:
+            policy_version: The number of the new version.
+            timeout_s: The bound on every wait at the meeting.
+
+        Returns:
+            The manifest, and where receivers join, on rank 0; None elsewhere.
+        """
+        manifest = self._do("publish").announce(policy_version)
+        if manifest is None:
+            return None
+        # The driver imports this module to describe the actor; torch takes seconds.
+        from protocol.broadcast import Meeting
+
+        self._meeting = Meeting(_listen(), timeout_s=timeout_s)
+        return manifest, self._meeting.rendezvous
+
+    def broadcast(self, policy_version: int, *, receivers: int, timeout_s: float) -> str | None:
+        """Send an announced version to those that join, once.
+
+        Args:
+            policy_version: The version.
+            receivers: How many are invited.
+            timeout_s: How long the broadcast may take.
+
+        Returns:
+            Why not everybody who joined got everything; None if they did.
+        """
+        meeting = self._meeting
+        try:
+            return self._do("broadcast").broadcast(policy_version, meeting, receivers=receivers, timeout_s=timeout_s)
+        finally:
+            self._meeting = None
+            if meeting is not None:
+                meeting.close()
+
+    @ray.method(concurrency_group=CONTROL_GROUP)
+    def excuse(self, receivers: Sequence[int]) -> None:
+        """Go on without receivers that are dead, also while this rank waits for them (rank 0 only)."""
+        meeting = self._meeting
+        if meeting is not None:
+            meeting.excuse(receivers)
+
+    def buckets(self, policy_version: int) -> Iterator[ByteArray | int]:
+        """Yield the buckets of an announced version and then how many they were, on rank 0; nothing elsewhere."""
+        count = 0
+        for bucket in self._do("publish").buckets(policy_version):
+            yield bucket
+            count += 1
+        if count:
+            yield count
 
     def samples(self, keys: Sequence[RolloutKey]) -> tuple[SampleText, ...]:
         """Decode a few responses of the last batch."""
@@ -165,6 +218,14 @@ class LearnerRank:
             raise RuntimeError("connect comes first")
         self._doing = what
         return self._rank
+
+
+def _listen() -> "socket.socket":
+    """Listen where the others can connect: on the loopback device where all nodes are this machine."""
+    from learner.distributed import LOOPBACK, listen
+
+    hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    return listen(LOOPBACK if len(hosts) == 1 else ray.util.get_node_ip_address())
 
 
 def environment(config: RunConfig) -> dict[str, str]:

@@ -4,7 +4,7 @@
         scoring.add(finished)                             # groups are formed by key and scored meanwhile
     scored = scoring.collect()                            # references, in key order
     report = learner.update(scored, iteration=i)          # advantages, epochs, minibatches
-    publication = learner.publish(policy_version=v + 1)   # buckets and a manifest
+    publication = learner.publish(policy_version=v + 1)   # a manifest, and its buckets
     proofs = rollouts.load(publication)                   # every worker proves what it holds
 
 Payloads are opaque references: the driver passes them on and never looks inside.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from protocol.messages import Rollout, RolloutKey, RolloutMeta, RolloutRequest, SampleText, UpdateReport
-from protocol.weights import VersionProof, WeightManifest
+from protocol.weights import Rendezvous, VersionProof, WeightManifest
 
 Payload = Any
 """A reference to data that stays with the workers (a Ray object reference in a real run)."""
@@ -90,12 +90,47 @@ class ScoredReferences:
         return tuple(meta for group in self.groups for meta in group.metas)
 
 
+class Broadcast(Protocol):
+    """A version that the learner has announced and can send to those who join, while its policy stays as it is."""
+
+    @property
+    def rendezvous(self) -> Rendezvous:
+        """Where receivers join."""
+        ...
+
+    @property
+    def timeout_s(self) -> float:
+        """How long all of it may take."""
+        ...
+
+    def send(self, *, receivers: int) -> None:
+        """Start to wait for so many receivers, and to send to those that come."""
+        ...
+
+    def excuse(self, receivers: Sequence[int]) -> None:
+        """Stop waiting for receivers that are dead."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until the learner is through, whether or not everybody got everything."""
+        ...
+
+    def stored(self) -> tuple[Payload, ...]:
+        """Put the buckets into the object store, once, for those that missed them."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
-    """One published policy version: its manifest and references to its buckets."""
+    """One published policy version: its manifest, and its buckets by reference or by broadcast."""
 
     manifest: WeightManifest
-    buckets: tuple[Payload, ...]
+    buckets: tuple[Payload, ...] = ()
+    broadcast: Broadcast | None = None
+
+    def stored(self) -> tuple[Payload, ...]:
+        """Refer to the buckets in the object store, where a worker can load them at any time."""
+        return self.buckets if self.broadcast is None else self.broadcast.stored()
 
 
 class RolloutPool(Protocol):

@@ -93,6 +93,16 @@ class VersionProof:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Where the members of one broadcast meet: a store of the learner's first rank."""
+
+    address: str
+    port: int
+    key: str
+    """Drawn for this broadcast; its names in the store start with it."""
+
+
 def plan_buckets(specs: Sequence[TensorSpec], *, bucket_bytes: int) -> tuple[TensorSlot, ...]:
     """Lay tensors into buckets, in order.
 

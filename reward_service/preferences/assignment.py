@@ -5,13 +5,29 @@ import random
 import secrets
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, exists, func, insert, select, update
 
 from reward_service.preferences.records import Purpose, Task, stable_id, task_from_json
 from reward_service.preferences.schema import LABELS, LEASES, QUEUE, TASKS
 
 PRECEDENCE: dict[Purpose, int] = {"training": 0, "evaluation": 1, "check": 2}
 """Attention checks come last, since whoever hands out tasks asks for them by purpose."""
+
+# Made once: building and hashing a statement costs more than SQLite takes to run it.
+_LIVE = (
+    select(LEASES, TASKS.c.body)
+    .join(TASKS, TASKS.c.task_id == LEASES.c.task_id)
+    .where(LEASES.c.labeler_id == bindparam("labeler_id"), LEASES.c.expires_at > bindparam("now"))
+)
+_HELD_BY_OTHERS = (
+    select(func.count())
+    .select_from(LEASES)
+    .where(
+        LEASES.c.task_id == bindparam("task_id"),
+        LEASES.c.labeler_id != bindparam("labeler_id"),
+        LEASES.c.expires_at > bindparam("now"),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +57,7 @@ def presented_order(task: Task, labeler_id: str) -> tuple[str, ...]:
 
 def live_lease(connection: Connection, labeler_id: str, *, now: float) -> Lease | None:
     """Read the lease that a labeler holds, if it has not expired."""
-    found = connection.execute(
-        select(LEASES, TASKS.c.body)
-        .join(TASKS, TASKS.c.task_id == LEASES.c.task_id)
-        .where(LEASES.c.labeler_id == labeler_id, LEASES.c.expires_at > now)
-    ).one_or_none()
+    found = connection.execute(_LIVE, {"labeler_id": labeler_id, "now": now}).one_or_none()
     if found is None:
         return None
     return Lease(
@@ -95,11 +107,8 @@ def next_lease(
 
 def num_held_by_others(connection: Connection, task_id: str, labeler_id: str, *, now: float) -> int:
     """Count the live leases that others hold on a task."""
-    return connection.execute(
-        select(func.count())
-        .select_from(LEASES)
-        .where(LEASES.c.task_id == task_id, LEASES.c.labeler_id != labeler_id, LEASES.c.expires_at > now)
-    ).scalar_one()
+    values = {"task_id": task_id, "labeler_id": labeler_id, "now": now}
+    return connection.execute(_HELD_BY_OTHERS, values).scalar_one()
 
 
 def _first_open(

@@ -3,7 +3,7 @@
 import json
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert, select, update
 
 from reward_service.preferences.assignment import live_lease, num_held_by_others
 from reward_service.preferences.records import Label, Task, label_from_json, label_to_json, task_from_json
@@ -21,6 +21,32 @@ Refusal = Literal[
     "superseded_already",
 ]
 _NO_JUDGEMENT = ("skip", "invalid")
+
+# Made once: building and hashing a statement costs more than SQLite takes to run it.
+_LATER = LABELS.alias("later")
+_LABEL = select(LABELS).where(LABELS.c.label_id == bindparam("label_id"))
+_TASK = (
+    select(TASKS.c.body, QUEUE.c.judgements, QUEUE.c.overlap)
+    .join(QUEUE, QUEUE.c.task_id == TASKS.c.task_id)
+    .where(TASKS.c.task_id == bindparam("task_id"))
+)
+_STANDING = select(LABELS.c.label_id).where(
+    LABELS.c.task_id == bindparam("task_id"),
+    LABELS.c.labeler_id == bindparam("labeler_id"),
+    LABELS.c.verdict != "invalid",
+    ~exists().where(_LATER.c.supersedes == LABELS.c.label_id),
+)
+_CORRECTIONS = select(func.count()).select_from(LABELS).where(LABELS.c.supersedes == bindparam("label_id"))
+_LAST = select(func.coalesce(func.max(LABELS.c.position), 0))
+_INSERT = insert(LABELS)
+_COUNT = (
+    update(QUEUE)
+    .where(QUEUE.c.task_id == bindparam("of_task"))
+    .values(judgements=QUEUE.c.judgements + bindparam("gained"))
+)
+_END_LEASE = delete(LEASES).where(
+    LEASES.c.labeler_id == bindparam("labeler_id"), LEASES.c.task_id == bindparam("task_id")
+)
 
 
 class LabelRefused(Exception):
@@ -57,11 +83,7 @@ def add_label(connection: Connection, label: Label, *, now: float, lease_require
     """
     if _is_repeated(connection, label):
         return False
-    row = connection.execute(
-        select(TASKS.c.body, QUEUE.c.judgements, QUEUE.c.overlap)
-        .join(QUEUE, QUEUE.c.task_id == TASKS.c.task_id)
-        .where(TASKS.c.task_id == label.task_id)
-    ).one_or_none()
+    row = connection.execute(_TASK, {"task_id": label.task_id}).one_or_none()
     if row is None:
         raise LabelRefused("unknown_task", f"there is no task {label.task_id}")
     _check_content(label, task_from_json(json.loads(row.body)))
@@ -75,18 +97,16 @@ def add_label(connection: Connection, label: Label, *, now: float, lease_require
     if gained > 0 and taken >= row.overlap:
         raise LabelRefused("at_overlap", f"task {label.task_id} has, or will have, all the judgements it needs")
     _insert(connection, label, now=now)
-    connection.execute(
-        update(QUEUE).where(QUEUE.c.task_id == label.task_id).values(judgements=QUEUE.c.judgements + gained)
-    )
-    connection.execute(delete(LEASES).where(LEASES.c.labeler_id == label.labeler_id, LEASES.c.task_id == label.task_id))
+    connection.execute(_COUNT, {"of_task": label.task_id, "gained": gained})
+    connection.execute(_END_LEASE, {"labeler_id": label.labeler_id, "task_id": label.task_id})
     return True
 
 
 def _is_repeated(connection: Connection, label: Label) -> bool:
-    body = connection.execute(select(LABELS.c.body).where(LABELS.c.label_id == label.label_id)).scalar_one_or_none()
-    if body is None:
+    found = _label_row(connection, label.label_id)
+    if found is None:
         return False
-    if _identity(label_from_json(json.loads(body))) != _identity(label):
+    if _identity(label_from_json(json.loads(found.body))) != _identity(label):
         raise LabelRefused("id_taken", f"there is a different label with the id {label.label_id}")
     return True
 
@@ -110,15 +130,7 @@ def _check_content(label: Label, task: Task) -> None:
 
 def _check_history(connection: Connection, label: Label) -> None:
     if label.supersedes is None:
-        superseded_by = LABELS.alias()
-        standing = connection.execute(
-            select(LABELS.c.label_id).where(
-                LABELS.c.task_id == label.task_id,
-                LABELS.c.labeler_id == label.labeler_id,
-                LABELS.c.verdict != "invalid",
-                ~exists().where(superseded_by.c.supersedes == LABELS.c.label_id),
-            )
-        ).first()
+        standing = connection.execute(_STANDING, {"task_id": label.task_id, "labeler_id": label.labeler_id}).first()
         if standing is not None and label.outcome.verdict != "invalid":
             raise LabelRefused(
                 "already_judged",
@@ -130,7 +142,7 @@ def _check_history(connection: Connection, label: Label) -> None:
         raise LabelRefused("supersedes_unknown", f"there is no label {label.supersedes} to correct")
     if (target.labeler_id, target.task_id) != (label.labeler_id, label.task_id):
         raise LabelRefused("supersedes_other", f"label {label.supersedes} is somebody else's, or about another task")
-    if connection.execute(select(exists().where(LABELS.c.supersedes == label.supersedes))).scalar_one():
+    if connection.execute(_CORRECTIONS, {"label_id": label.supersedes}).scalar_one():
         raise LabelRefused("superseded_already", f"label {label.supersedes} has been corrected before")
 
 
@@ -153,7 +165,7 @@ def _superseded_count(connection: Connection, label: Label) -> int:
 
 
 def _label_row(connection: Connection, label_id: str) -> Row[Any] | None:
-    return connection.execute(select(LABELS).where(LABELS.c.label_id == label_id)).one_or_none()
+    return connection.execute(_LABEL, {"label_id": label_id}).one_or_none()
 
 
 def _counts(verdict: str) -> int:
@@ -161,16 +173,15 @@ def _counts(verdict: str) -> int:
 
 
 def _insert(connection: Connection, label: Label, *, now: float) -> None:
-    last = connection.execute(select(func.coalesce(func.max(LABELS.c.position), 0))).scalar_one()
-    connection.execute(
-        insert(LABELS).values(
-            position=last + 1,
-            label_id=label.label_id,
-            task_id=label.task_id,
-            labeler_id=label.labeler_id,
-            verdict=label.outcome.verdict,
-            supersedes=label.supersedes,
-            recorded_at=now,
-            body=json.dumps(label_to_json(label)),
-        )
-    )
+    last = connection.execute(_LAST).scalar_one()
+    row = {
+        "position": last + 1,
+        "label_id": label.label_id,
+        "task_id": label.task_id,
+        "labeler_id": label.labeler_id,
+        "verdict": label.outcome.verdict,
+        "supersedes": label.supersedes,
+        "recorded_at": now,
+        "body": json.dumps(label_to_json(label)),
+    }
+    connection.execute(_INSERT, row)

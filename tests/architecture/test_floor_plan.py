@@ -40,7 +40,7 @@ ONLY_IN = {
         "*/worker.py",
     ),
     "transformers": ("learner/models.py", "reward_service/*_model.py", "protocol/tokens.py"),
-    "torch": ("actors/*.py", "reward_service/*.py", "learner/*.py", "protocol/logprobs.py"),
+    "torch": ("actors/*.py", "reward_service/*.py", "learner/*.py", "protocol/logprobs.py", "protocol/broadcast.py"),
     "pyarrow": ("protocol/datasets.py", "learner/records.py", "reward_service/preferences/*.py"),
     "datasets": ("protocol/datasets.py",),
     "fastapi": ("reward_service/labeling/*.py", "reward_service/preferences/*.py"),

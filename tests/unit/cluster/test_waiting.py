@@ -1,6 +1,5 @@
 """Waiting for people: enough is enough, time is counted over restarts, and the end is what the configuration says."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,8 +35,8 @@ class World:
 
 
 @pytest.fixture
-def begun(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "waiting.json"
+def begun(tmp_path: Path) -> Path:
+    return tmp_path / "waiting.json"
 
 
 def test_all_tasks_are_waited_for(begun: Path) -> None:

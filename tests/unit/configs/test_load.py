@@ -46,7 +46,7 @@ def test_yaml_is_1_2() -> None:
         ("rollout.workers=0", "rollout.workers: Input should be greater than 0"),
         ("algorithm.minibatch_responses=33", "128 responses an iteration do not divide into minibatches"),
         ("rollout.top_p=0.9", "truncated distribution"),
-        ("rollout.weight_transfer=nccl", "nccl is not available in this version"),
+        ("rollout.weight_transfer=nccl", "rollout.weight_transfer"),
         ("learner.micro_batch_tokens=50", "cannot hold one sequence"),
         ("rollout.max_response_tokens=400", "context_tokens = 128 is shorter"),
         ("scoring.rewards=[]", "scoring.rewards is empty"),

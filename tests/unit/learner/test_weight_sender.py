@@ -1,11 +1,15 @@
 """What is published is the policy, bucket by bucket, and its manifest proves it."""
 
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
 
 from configs.learner import LearnerConfig, OptimizerConfig
 from learner import weight_sender
+from learner.distributed import listen
+from protocol.broadcast import LOOPBACK, Meeting, join
 from protocol.weights import WeightManifest, digest
 from tests.learner_batches import tiny_policy
 from tests.plain_engine import PlainEngine
@@ -53,3 +57,57 @@ def test_the_canary_sings_what_the_policy_computes() -> None:
     assert len(ids) == 16
     assert manifest.canary.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
     assert published()[2] == manifest
+
+
+class Receivers:
+    """One receiver in a thread, that leaves before the bucket with the given number."""
+
+    def __init__(self, meeting: Meeting, sizes: tuple[int, ...], *, leaves_before: int | None) -> None:
+        self.found: list[torch.Tensor] = []
+        self._meeting, self._sizes, self._leaves_before = meeting, sizes, leaves_before
+        self.thread = Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        place = {"address": LOOPBACK, "device": torch.device("cpu"), "timeout_s": 20}
+        group = join(self._meeting.rendezvous, receiver=0, **place)
+        for number, size in enumerate(self._sizes):
+            if number == self._leaves_before:
+                return group.close()
+            self.found.append(torch.zeros(size, dtype=torch.uint8))
+            group.broadcast(self.found[-1])
+        return group.finish()
+
+
+@pytest.mark.parametrize("leaves_before", [None, 1])
+def test_a_broadcast_sends_what_was_published_and_gathers_to_the_end(leaves_before: int | None) -> None:
+    engine = PlainEngine(tiny_policy(), optimizer=OptimizerConfig(), settings=LearnerConfig())
+    *buckets, manifest = weight_sender.publish(engine, policy_version=7, bucket_bytes=5_000, dtype="float32")
+    gathered: list[int] = []
+    gather = engine.gather
+    engine.gather = lambda names: gathered.append(len(names)) or gather(names)
+    meeting = Meeting(listen(LOOPBACK), timeout_s=20)
+    receivers = Receivers(meeting, manifest.bucket_bytes, leaves_before=leaves_before)
+    failure = weight_sender.broadcast(engine, manifest.slots, meeting, receivers=1, timeout_s=20)
+    receivers.thread.join()
+    meeting.close()
+    # The other ranks of a group gather with this one, whatever became of the broadcast.
+    assert len(gathered) == len(buckets) > 3
+    assert sum(gathered) == len(manifest.slots)
+    for sent, found in zip(buckets, receivers.found, strict=leaves_before is None):
+        np.testing.assert_array_equal(found.numpy(), sent)
+    if leaves_before is None:
+        assert failure is None
+    else:
+        assert failure is not None
+        assert "waited in vain" in failure
+        assert len(receivers.found) == leaves_before
+
+
+def test_a_broadcast_to_nobody_gathers_to_the_end() -> None:
+    engine = PlainEngine(tiny_policy(), optimizer=OptimizerConfig(), settings=LearnerConfig())
+    slots = weight_sender.plan(engine, bucket_bytes=5_000, dtype="float32")
+    meeting = Meeting(listen(LOOPBACK), timeout_s=20)
+    meeting.excuse([0, 1])
+    assert weight_sender.broadcast(engine, slots, meeting, receivers=2, timeout_s=20) is None
+    meeting.close()
