@@ -221,8 +221,11 @@ def report(run: _RunDir) -> None:
     from reward_service.preferences.store import PreferenceStore
 
     config, directory = load(_run_config(run)), RunDirectory(run.absolute())
-    with closing(PreferenceStore.open(store_url(config, directory), create=False)) as store:
-        path = write_report(directory, config, store)
+    if config.rounds.store_env is None and not directory.preferences.exists():
+        path = write_report(directory, config, None)
+    else:
+        with closing(PreferenceStore.open(store_url(config, directory), create=False)) as store:
+            path = write_report(directory, config, store)
     _console.print(f"report: {path}", highlight=False, markup=False)
 
 

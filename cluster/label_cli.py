@@ -64,6 +64,7 @@ def serve(
         port=port,
         allow_public=allow_public,
         public_url=public_url,
+        secret_path=run.absolute() / "labeling.secret",
     )
 
 

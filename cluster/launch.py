@@ -22,6 +22,7 @@ from cluster.progress import Progress
 from cluster.prompt_source import Prompts
 from cluster.ranking import Ranking
 from cluster.refresh import Refresh
+from cluster.report import write_report
 from cluster.rounds import play
 from cluster.run_directory import RunDirectory, store_url
 from cluster.schedule import RunState
@@ -86,6 +87,7 @@ def _run(config: RunConfig, directory: RunDirectory, console: Console, *, verbos
             stages = make_stages(config, directory, store, console, progress)
             try:
                 state = play(stages, config, stages.resume(), announce=progress.announce)
+                write_report(directory, config, store)
                 _finish(directory, state)
             finally:
                 stages.close()
@@ -194,6 +196,7 @@ def show_result(directory: RunDirectory, console: Console) -> None:
         ("policies", directory.root / "policies"),
         ("reward models", directory.root / "reward_models"),
         ("metrics", directory.metrics),
+        ("report", directory.report),
     ):
         if path.exists():
             console.print(f"{label}: {_short(path)}", highlight=False, markup=False)
