@@ -3,8 +3,8 @@
     python -m benchmarks.rounds --seeds 0 1 2 --output runs/benchmark-rounds
 
 Every seed is a whole chain: supervised policy, reward models, RL, twice. Prints a table and writes results.json; exits
-with 1 unless the second round lifts gold by 0.1 on average and by 0.05 in every seed, lowers the share of answers with a
-wrong piece, and the ladder orders the three policies with intervals that do not overlap between SFT and round 2.
+with 1 unless the second round lifts gold by 0.1 on average and by 0.05 in every seed, lowers the share of answers with
+a wrong piece, and the ladder orders the three policies with intervals that do not overlap between SFT and round 2.
 """
 
 import argparse

@@ -88,8 +88,7 @@ class EvaluationConfig(Section):
     labeler: LabelerConfig | None = None
     """Who judges those comparisons; the round's labeler if not given, and without one the gold score or the score."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    """Of the ladder's intervals. A version becomes the best where the interval of its lead over the incumbent lies above
-    zero."""
+    """Of the ladder's intervals. A version becomes the best where its whole lead over the incumbent is above zero."""
 
 
 class RoundOverride(Section):

@@ -6,7 +6,6 @@ from pydantic import Field
 
 from configs.base import DottedPath, NonNegativeFloat, PositiveFloat, PositiveInt, Section
 
-
 HELDOUT = "heldout"
 """The component that the held-out reward model's scores are recorded as."""
 
