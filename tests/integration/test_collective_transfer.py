@@ -35,6 +35,8 @@ OVERRIDES = (
     f"cluster.deadlines.publish_s={PUBLISH_S}",
 )
 
+pytestmark = pytest.mark.slow  # two engines and two ranks, killed and replaced
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:

@@ -139,6 +139,7 @@ def test_labels_can_be_taken_out(played: tuple[Path, str], tmp_path: Path) -> No
     assert rondo("ladder", str(run)).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_guard_ends_a_round_and_says_why(tmp_path: Path) -> None:
     done = rondo(
         "train",

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from learner.validation import expected_calibration_error, validation_report
+from learner.validation import expected_calibration_error, paired_gain, validation_report
 
 
 def test_report_by_hand() -> None:
@@ -52,3 +52,37 @@ def test_a_model_that_is_as_sure_as_it_is_right_is_calibrated() -> None:
     assert bins[0]["gap_mean"] == pytest.approx(0.1)
     sure_and_wrong, _ = expected_calibration_error(np.full(50, -4.0))
     assert sure_and_wrong == pytest.approx(1 / (1 + math.exp(-4)))
+
+
+def test_a_gain_is_paired_and_its_interval_is_over_prompts() -> None:
+    rng = np.random.default_rng(5)
+    prompts = np.repeat(np.arange(200), 3)
+    old = rng.normal(0.2, 1.0, size=600)
+    better = old + 0.8
+    found = paired_gain(better, old, prompts=prompts, metric="accuracy", confidence=0.95, resamples=500, seed=0)
+    assert found["gain"] == pytest.approx(np.mean(better > 0) - np.mean(old > 0))
+    assert found["ci_low"] < found["gain"] < found["ci_high"]
+    assert found["passed"]
+    assert (found["num_pairs"], found["num_prompts"]) == (600, 200)
+    same = paired_gain(old, old, prompts=prompts, metric="nll", confidence=0.95, resamples=100, seed=0)
+    assert (same["gain"], same["ci_low"], same["ci_high"], same["passed"]) == (0.0, 0.0, 0.0, False)
+
+
+def test_a_model_is_not_better_for_being_less_sure() -> None:
+    rng = np.random.default_rng(6)
+    old = rng.normal(0.5, 1.0, size=400)
+    found = paired_gain(old * 0.1, old, prompts=np.arange(400), metric="nll", confidence=0.95, resamples=200, seed=0)
+    # Scaling alone changes nothing but what the grid of temperatures rounds off.
+    assert abs(found["gain"]) < 1e-3
+    assert found["new"]["accuracy"] == found["old"]["accuracy"]
+
+
+def test_pairs_of_one_prompt_are_drawn_together() -> None:
+    # Ten prompts that disagree strongly: as 1,000 independent pairs the gain would look certain.
+    new = np.repeat([2.0, -2.0, 2.0, -2.0, 2.0, 2.0, -2.0, 2.0, -2.0, 2.0], 100)
+    found = paired_gain(
+        new, -np.ones(1000), prompts=np.repeat(np.arange(10), 100), metric="accuracy", confidence=0.95,
+        resamples=1000, seed=1,
+    )  # fmt: skip
+    assert found["gain"] == pytest.approx(0.6)
+    assert found["ci_low"] < 0.4
