@@ -143,6 +143,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _backend_can_do_it(self) -> Self:
+        scratch, tensor_parallel = self.models.policy.scratch, self.rollout.tensor_parallel
+        if scratch is not None and tensor_parallel > scratch.num_kv_heads:
+            raise ValueError(
+                f"rollout.tensor_parallel = {tensor_parallel} is more than the policy's {scratch.num_kv_heads} key-value "
+                "heads: an engine would hold copies of them, and what it holds could not be proven"
+            )
         if self.cluster.backend == "cpu" and self.rollout.tensor_parallel > 1:
             raise ValueError("rollout.tensor_parallel > 1 needs cluster.backend = cuda")
         return self
