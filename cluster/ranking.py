@@ -16,7 +16,7 @@ from configs.run import RunConfig
 from configs.scoring import ModelRewardConfig
 from protocol.messages import Rollout
 from reward_service import ladder
-from reward_service.ladder import Comparison
+from reward_service.ladder import Comparison, LadderError
 from reward_service.preferences.records import Candidate, Label, LabeledTask, Task, stable_id
 from reward_service.preferences.store import PreferenceStore
 
@@ -76,13 +76,17 @@ class Ranking:
             new = self._labelled(state.round) + [c for other in opponents for c in self._same(version, other)]
         self._keep(state.round, new)
         comparisons = [c for number in range(1, state.round + 1) for c in self._kept(number)]
-        found = ladder.fit_ladder(
-            comparisons,
-            anchor=_name(0),
-            confidence=self._config.rounds.evaluation.confidence,
-            bootstrap_resamples=self._config.rounds.evaluation.bootstrap_resamples,
-            seed=self._config.run.seed,
-        )
+        try:
+            found = self._fitted(comparisons)
+        except LadderError as error:  # too few labels for a rating are no reason to lose the round
+            _LOG.warning(
+                "round %d: %s cannot be rated, %s stays the best: %s",
+                state.round,
+                _name(version),
+                _name(state.best_version),
+                error,
+            )
+            return state.best_version
         best = self._promoted(state, found)
         drift = self._drift(found, state, opponents)
         write_json(
@@ -91,6 +95,16 @@ class Ranking:
             | found.to_json(),
         )
         return best
+
+    def _fitted(self, comparisons: Sequence[Comparison]) -> ladder.Ladder:
+        settings = self._config.rounds.evaluation
+        return ladder.fit_ladder(
+            comparisons,
+            anchor=_name(0),
+            confidence=settings.confidence,
+            bootstrap_resamples=settings.bootstrap_resamples,
+            seed=self._config.run.seed,
+        )
 
     def _labeler(self, state: RunState) -> LabelerConfig | None:
         named = self._config.rounds.evaluation.labeler
