@@ -134,7 +134,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def make_requests(count: int, *, max_response_tokens: int = 24) -> list[RolloutRequest]:
+def make_requests(count: int, *, max_response_tokens: int = 24, temperature: float = 1.0) -> list[RolloutRequest]:
     rng = np.random.default_rng(0)
     requests = []
     for i in range(count):
@@ -143,7 +143,11 @@ def make_requests(count: int, *, max_response_tokens: int = 24) -> list[RolloutR
         prompt = Prompt(prompt_id=key.prompt_id, token_ids=tokens, text="")
         requests.append(
             RolloutRequest(
-                key=key, prompt=prompt, seed=key.seed(11), max_response_tokens=max_response_tokens, temperature=1.0
+                key=key,
+                prompt=prompt,
+                seed=key.seed(11),
+                max_response_tokens=max_response_tokens,
+                temperature=temperature,
             )
         )
     return requests
@@ -256,8 +260,8 @@ def test_a_tensor_that_was_not_sent_shows_in_the_checksum(child: Child, policies
 
 
 def test_behavior_logprobs_are_at_the_sampling_temperature(child: Child, policies: dict[str, Path]):
-    config = CONFIG.model_copy(update={"temperature": 0.6})
-    rollouts = child.call(in_child_generate, str(policies["untied"]), config, make_requests(8))
+    requests = make_requests(8, temperature=0.6)
+    rollouts = child.call(in_child_generate, str(policies["untied"]), CONFIG, requests)
     assert gap_to(load_model(policies["untied"]), rollouts, temperature=0.6) < 1e-5
 
 
@@ -276,7 +280,8 @@ def test_truncated_sampling_reports_the_distribution_that_was_sampled(
 ):
     config = CONFIG.model_copy(update=update)
     model = load_model(policies["untied"])
-    for rollout in child.call(in_child_generate, str(policies["untied"]), config, make_requests(6)):
+    requests = make_requests(6, temperature=config.temperature)
+    for rollout in child.call(in_child_generate, str(policies["untied"]), config, requests):
         pairs = zip(rollout.response_ids.tolist(), next_token_logprobs(model, rollout), strict=True)
         wanted = [truncated_logprob(d, token, config) for token, d in pairs]
         assert rollout.behavior_logprobs.tolist() == pytest.approx(wanted, abs=2e-5)
