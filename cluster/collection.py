@@ -77,7 +77,7 @@ class Collection:
         """
         labeler = self._config.rounds.of(state.round).labeler
         plan = self._config.rounds.of(state.round).collect
-        if plan.comparisons == 0 or self._store.tasks(round=state.round, purpose="training"):
+        if plan.comparisons == 0 or any(map(_is_collected, self._store.tasks(round=state.round, purpose="training"))):
             return
         wanted = min(len(prompts), round(plan.comparisons * _SPARE) + 1)
         chosen = PromptStream(prompts, seed=self._config.run.seed + 1_000_003 * state.round).take(wanted)
@@ -89,7 +89,7 @@ class Collection:
             for rollout in self._sampled(chosen, state, number=number, version=version, samples=samples):
                 if rollout.finish_reason == "stop":  # one that was cut off is charged for that elsewhere
                     candidates[rollout.key.prompt_id].append(
-                        _candidate(rollout, tokenizer, version=version, temperatures=plan.temperatures)
+                        _candidate(rollout, tokenizer, version=version, temperatures=_turned(plan.temperatures, number))
                     )
         tasks, report = form_tasks(
             candidates,
@@ -131,7 +131,8 @@ class Collection:
             return
         # The run's own engines are started for each chunk.
         size = _LARGE_CHUNK if isinstance(labeler, JudgeConfig) and labeler.url is None else _CHUNK
-        for chunk in label_chunks(self._make_labeler(labeler), left, now=time.time, chunk_tasks=size):
+        chunks = label_chunks(self._make_labeler(labeler), left, now=time.time, chunk_tasks=size, num_tasks=len(tasks))
+        for chunk in chunks:
             self._store.record_all(chunk, now=time.time())
 
     def comparisons(self, round: int) -> Path | None:
@@ -165,8 +166,17 @@ class Collection:
         begun = self._directory.round(round) / f"waiting-{purpose}.json"
         begun.parent.mkdir(parents=True, exist_ok=True)
         wait_for_people(
-            lambda: self._store.progress(round=round, purpose=purpose), people, what=what, begun=begun, say=self._say
+            lambda: self._store.progress(round=round, purpose=purpose),
+            people,
+            takeable=lambda: self._store.num_takeable(round=round, purpose=purpose),
+            what=what,
+            begun=begun,
+            say=self._say,
         )
+        # What is said from now on would come too late; nobody should be asked for it.
+        self._store.close_open(round=round, purpose=purpose)
+        if purpose == "training":
+            self._store.close_open(round=round, purpose="check")
 
     def _sampled(
         self, prompts: Sequence[Prompt], state: RunState, *, number: int, version: int, samples: int
@@ -179,7 +189,7 @@ class Collection:
             round=state.round,
             iteration=COLLECTION - number,
             samples=samples,
-            temperatures=self._config.rounds.of(state.round).collect.temperatures,
+            temperatures=_turned(self._config.rounds.of(state.round).collect.temperatures, number),
         )
         finished = {f.meta.key: f for f in rollouts.generate(requests, policy_version=version)}
         return rollouts.fetch([finished[request.key] for request in requests])
@@ -217,3 +227,14 @@ def _candidate(rollout: Rollout, tokenizer: Any, *, version: int, temperatures: 
         finish_reason=rollout.finish_reason,
         token_ids=tuple(rollout.response_ids.tolist()),
     )
+
+
+def _turned(temperatures: Sequence[float], number: int) -> Sequence[float]:
+    """Begin another policy's responses with another temperature, so that each policy gets all of them."""
+    start = number % len(temperatures)
+    return [*temperatures[start:], *temperatures[:start]]
+
+
+def _is_collected(task: Task) -> bool:
+    """Whether a task was made of this run's responses, and not brought in from elsewhere."""
+    return all(candidate.policy_version is not None for candidate in task.candidates)

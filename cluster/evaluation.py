@@ -12,6 +12,7 @@ import numpy as np
 from cluster import schedule
 from cluster.schedule import EVALUATION
 from configs.run import RunConfig
+from protocol import metrics as names
 from protocol.messages import Prompt, RolloutKey
 from protocol.roles import Finished, RolloutPool, ScoredReferences, ScoringPool
 
@@ -27,6 +28,8 @@ class Evaluation:
     judged: dict[str, float]
     """Prompt id -> the score by which versions are compared (gold, or else the reward)."""
     judge: str
+    components: dict[str, float]
+    """Reward -> mean of its calibrated score, before combination and truncation."""
     response_tokens: dict[str, int]
     """Prompt id -> length of the response."""
 
@@ -36,6 +39,7 @@ class Evaluation:
             "policy_version": self.policy_version,
             "judge": self.judge,
             "judged": self.judged,
+            "components": self.components,
             "response_tokens": self.response_tokens,
             "summary": self.summary,
         }
@@ -84,6 +88,11 @@ def summarise(batch: ScoredReferences, *, policy_version: int) -> Evaluation:
         summary=values,
         judged={key.prompt_id: value for key, value in judged.items()},
         judge="score" if gold is None else GOLD,
+        components={
+            name.removeprefix(names.SCORE_PREFIX): mean
+            for name, mean in summary.means.items()
+            if name.startswith(names.SCORE_PREFIX)
+        },
         response_tokens={meta.key.prompt_id: meta.response_tokens for meta in metas},
     )
 

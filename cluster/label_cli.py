@@ -105,6 +105,8 @@ def import_labels(
 
     if not source.is_file():
         raise ConfigError(f"{source} is no file")
+    if (run / "rounds" / f"r{round:03d}" / "comparisons.jsonl").exists():
+        raise ConfigError(f"round {round} of {run} has learned from its comparisons already; give a later --round")
     report = ReadReport(source=str(source))
     tasks, labels = read_import(source, format=_format(kind, (*_FORMATS, "kwise")), round=round, report=report)
     with _store(run) as store:

@@ -84,11 +84,12 @@ def _run(config: RunConfig, directory: RunDirectory, console: Console, *, verbos
     try:
         placement.check(placement.plan(config), placement.available_resources())
         with closing(PreferenceStore.open(store_url(config, directory))) as store:
+            store.claim(run_directory.run_id(directory))
             stages = make_stages(config, directory, store, console, progress)
             try:
                 state = play(stages, config, stages.resume(), announce=progress.announce)
-                write_report(directory, config, store)
                 _finish(directory, state)
+                write_report(directory, config, store)
             finally:
                 stages.close()
     finally:

@@ -73,7 +73,7 @@ class Ranking:
             overlap = labeler.overlap if isinstance(labeler, PeopleConfig) else 1
             self._ask(state, version, opponents, overlap=overlap)
             self._collection.label(labeler, round=state.round, purpose="evaluation")
-            new = self._labelled(state.round) + [c for other in opponents for c in self._same(version, other)]
+            new = self._labelled(state.round) + self._ties(state.round, version, opponents, weight=float(overlap))
         self._keep(state.round, new)
         comparisons = [c for number in range(1, state.round + 1) for c in self._kept(number)]
         try:
@@ -122,10 +122,10 @@ class Ranking:
         texts = {number: self._responses(number) for number in (version, *opponents)}
         tasks: list[Task] = []
         for opponent in opponents:
-            pairs = zip(texts[version], texts[opponent], strict=True)
-            different = [(a, b) for a, b in pairs if self._text(a) != self._text(b)]
-            for ours, theirs in different[: self._config.rounds.evaluation.num_comparisons]:
-                tasks.append(self._task(state.round, {version: ours, opponent: theirs}))
+            pairs = list(zip(texts[version], texts[opponent], strict=True))
+            for ours, theirs in pairs[: self._config.rounds.evaluation.num_comparisons]:
+                if self._text(ours) != self._text(theirs):
+                    tasks.append(self._task(state.round, {version: ours, opponent: theirs}))
         self._store.add_tasks([replace(task, overlap=overlap) for task in tasks])
 
     def _task(self, round: int, responses: Mapping[int, Rollout]) -> Task:
@@ -157,19 +157,28 @@ class Ranking:
         labeled = self._store.labeled(round=round, purpose="evaluation")
         return [c for entry in labeled for label in entry.labels if (c := _comparison(entry, label)) is not None]
 
-    def _same(self, version: int, opponent: int) -> list[Comparison]:
+    def _ties(self, round: int, version: int, opponents: Sequence[int], *, weight: float) -> list[Comparison]:
+        """Count the same responses as ties, in proportion to how many of the others have been judged."""
+        progress = self._store.progress(round=round, purpose="evaluation")
+        judged = progress.judgements / (progress.tasks * weight) if progress.tasks else 1.0
+        return [c for other in opponents for c in self._same(version, other, weight=weight * min(judged, 1.0))]
+
+    def _same(self, version: int, opponent: int, *, weight: float) -> list[Comparison]:
         """Count prompts to which both versions gave the very same response as ties; nobody is asked about them."""
-        pairs = zip(self._responses(version), self._responses(opponent), strict=True)
+        pairs = list(zip(self._responses(version), self._responses(opponent), strict=True))
+        if weight == 0:
+            return []
         return [
             Comparison(
                 first=_name(version),
                 second=_name(opponent),
                 prompt_id=ours.prompt.prompt_id,
                 outcome=0.5,
+                weight=weight,
                 length_difference=0.0,
                 judge="identical",
             )
-            for ours, theirs in pairs
+            for ours, theirs in pairs[: self._config.rounds.evaluation.num_comparisons]
             if self._text(ours) == self._text(theirs)
         ]
 
@@ -212,7 +221,7 @@ class Ranking:
         constants = json.loads(self._directory.calibrations(state.round).read_text())[rewards[0].name]
         version = state.policy_version
         means = {
-            _name(number): self._evaluated(number).summary["score_mean"] / constants["gain"]
+            _name(number): self._evaluated(number).components[rewards[0].name] / constants["gain"]
             for number in (version, *opponents)
         }
         drifts = [ladder.drift(found, means, version=_name(version), over=_name(other)) for other in opponents]

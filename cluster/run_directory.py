@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,7 +187,7 @@ def check_same(directory: RunDirectory, config: RunConfig) -> None:
 
 def discard_untouched(directory: RunDirectory) -> None:
     """Remove a run's directory if nothing has been done in it."""
-    if {path.name for path in directory.root.iterdir()} <= {directory.config.name, _LOCK}:
+    if {path.name for path in directory.root.iterdir()} <= {directory.config.name, _LOCK, "run_id"}:
         shutil.rmtree(directory.root)
 
 
@@ -228,6 +229,16 @@ def _differences(old: object, new: object, path: str = "") -> list[str]:
         keys = sorted({*old, *new})
         return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
     return [] if old == new else [f"{path} was {old!r}, now {new!r}"]
+
+
+def run_id(directory: RunDirectory) -> str:
+    """Return the run's own id, made when it is first asked for."""
+    path = directory.root / "run_id"
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(uuid.uuid4().hex)
+        temporary.replace(path)
+    return path.read_text()
 
 
 def store_url(config: RunConfig, directory: RunDirectory) -> str:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from cluster import schedule
 from cluster.pool import Handle, Pool, wait
 from configs.cluster import DeadlinesConfig
-from configs.scoring import HELDOUT, ScoringConfig
+from configs.scoring import HELDOUT, ModelRewardConfig, ScoringConfig
 from protocol import metrics as names
 from protocol.messages import ReferenceSummary, RewardScores, RolloutKey
 from protocol.records import Text
@@ -49,6 +49,12 @@ class ScoringPool:
         self._arrived: list[dict[RolloutKey, Finished]] = []
         self._sent: dict[int, _Sent] = {}
 
+    @property
+    def _trained(self) -> str | None:
+        """The reward whose model this run trains."""
+        rewards = self._config.rewards
+        return next((r.name for r in rewards if isinstance(r, ModelRewardConfig) and r.path == "trained"), None)
+
     def started(self) -> dict[str, str]:
         """Wait until every model is loaded, and say on which node each worker is."""
         deadline = self._deadlines.start_s
@@ -85,7 +91,7 @@ class ScoringPool:
             )
             for i in order
         )
-        return ScoredReferences(groups=scored, summary=summarise(rewards, references))
+        return ScoredReferences(groups=scored, summary=summarise(rewards, references, trained=self._trained))
 
     def raw_scores(self, payloads: Sequence[Any]) -> dict[str, NDArray[np.float32]]:
         """Score rollouts without calibration.
@@ -150,8 +156,19 @@ class ScoringPool:
         return wait(refs, deadline_s=self._deadlines.score_s, what=what, key="cluster.deadlines.score_s")
 
 
-def summarise(rewards: Sequence[RewardScores], references: Sequence[ReferenceSummary]) -> ScoringSummary:
-    """Collect what the driver may know about the scores of a batch."""
+def summarise(
+    rewards: Sequence[RewardScores], references: Sequence[ReferenceSummary], *, trained: str | None = None
+) -> ScoringSummary:
+    """Collect what the driver may know about the scores of a batch.
+
+    Args:
+        rewards: What the reward workers said.
+        references: What the reference workers said.
+        trained: The reward that the held-out reward model is compared with: both are calibrated, neither is charged.
+
+    Returns:
+        The summary.
+    """
     scores = {key: float(s) for part in rewards for key, s in zip(part.keys, part.scores, strict=True)}
     kl = {key: float(nats) for part in references for key, nats in zip(part.keys, part.behavior_kl_nats, strict=True)}
     gold = {
@@ -161,8 +178,8 @@ def summarise(rewards: Sequence[RewardScores], references: Sequence[ReferenceSum
     means = {names.OBJECTIVE_SCORE: float(np.mean(list(scores.values())))}
     for name in rewards[0].components:
         means[names.SCORE_PREFIX + name] = float(np.mean(np.concatenate([part.components[name] for part in rewards])))
-    if HELDOUT in rewards[0].components:
-        means[names.HELDOUT_GAP] = means[names.OBJECTIVE_SCORE] - means[names.SCORE_PREFIX + HELDOUT]
+    if trained is not None and HELDOUT in rewards[0].components:
+        means[names.HELDOUT_GAP] = means[names.SCORE_PREFIX + trained] - means[names.SCORE_PREFIX + HELDOUT]
     for name, values in gold.items():
         means[names.GOLD_PREFIX + name] = float(np.mean(list(values.values())))
     busy = {

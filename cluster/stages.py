@@ -23,11 +23,12 @@ from cluster.ranking import Ranking
 from cluster.refresh import Refresh
 from cluster.rollout_pool import put
 from cluster.run_directory import RunDirectory
-from cluster.schedule import CALIBRATION, RunState
+from cluster.schedule import CALIBRATION, Phase, RunState
 from cluster.tracking import Sinks
 from configs.load import config_hash
 from configs.run import RunConfig
 from protocol import metrics as names
+from protocol.errors import UserError
 from protocol.messages import IterationReport, Prompt, RoundReport
 
 _LOG = logging.getLogger(__name__)
@@ -113,7 +114,20 @@ class RunStages:
         if self._resumed is not None:
             saved = RunState.from_json(self._resumed.driver["state"])
             _LOG.info("the newest checkpoint is %s", self._resumed.directory)
+            if state.phase is Phase.EVALUATE and not self.directory.policy(state.policy_version).exists():
+                # Its weights are in its own checkpoint alone; an older one must not be given its name.
+                if saved.position != state.position:
+                    _LOG.warning(
+                        "the checkpoint of round %d's end is gone; its last iterations are repeated", state.round
+                    )
+                state = saved
             state = max(state, saved, key=lambda found: found.position)
+        elif state.round > 1 or state.phase in (Phase.EVALUATE, Phase.RANK):
+            raise UserError(
+                f"the run is in round {state.round}, {state.phase.value}, but has no checkpoint",
+                where=str(self.directory.checkpoints),
+                next_step="restore one from a copy, or move the run directory away to start again",
+            )
         self._state = state
         return state
 
@@ -215,7 +229,7 @@ class RunStages:
 
     def rank(self, state: RunState) -> RunState:
         """Place the round's policy on the ladder, and keep the round's report."""
-        best = self._ranking.rank(state) if self._prompts.held_out() else state.policy_version
+        best = self._ranking.rank(state) if self._prompts.held_out() else state.best_version
         state = schedule.promoted(state, best)
         history = self._standing(state)
         report = RoundReport(
@@ -350,4 +364,5 @@ class RunStages:
 def _lines(path: Path) -> Sequence[dict[str, float]]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    # What a full disk or a power cut left of a line has no end, and its iteration is repeated.
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

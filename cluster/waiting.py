@@ -28,6 +28,7 @@ def wait_for_people(
     progress: Tasks,
     people: PeopleConfig,
     *,
+    takeable: Callable[[], int],
     what: str,
     begun: Path,
     say: Callable[[str], None],
@@ -39,6 +40,7 @@ def wait_for_people(
     Args:
         progress: Counts the tasks.
         people: How many are enough, how long to wait, and what then.
+        takeable: Counts the open tasks that somebody may still take: not those that everybody has skipped.
         what: What is waited for, for people to read.
         begun: A file that keeps when the waiting began.
         say: Takes a line whenever something has changed.
@@ -60,16 +62,25 @@ def wait_for_people(
         wanted = found.tasks if people.min_labels is None else min(people.min_labels, found.tasks)
         if found.done >= wanted:
             return found
+        if takeable() == 0:
+            return _over(
+                found, wanted, people, begun, why="nobody is left who could take the others", what=what, say=say
+            )
         if found.done != last:
             say(f"waiting for people: {what}: {found.done} of {wanted} tasks are done (rondo label serve shows them)")
             last = found.done
         if people.max_wait_s is not None and now() - since >= people.max_wait_s:
-            return _over(found, wanted, people, what=what, say=say)
+            why = f"{people.max_wait_s:g} s are over"
+            return _over(found, wanted, people, begun, why=why, what=what, say=say)
         sleep(people.poll_s)
 
 
-def _over(found: Progress, wanted: int, people: PeopleConfig, *, what: str, say: Callable[[str], None]) -> Progress:
-    sofar = f"{what}: {found.done} of {wanted} tasks are done after {people.max_wait_s:g} s"
+def _over(
+    found: Progress, wanted: int, people: PeopleConfig, begun: Path, *, why: str, what: str, say: Callable[[str], None]
+) -> Progress:
+    """Go on with the labels that are there, or stop; the next start waits anew."""
+    begun.unlink()
+    sofar = f"{what}: {found.done} of {wanted} tasks are done, and {why}"
     if people.on_timeout == "continue" and found.preferences > 0:
         say(f"{sofar}; going on with these, as on_timeout says")
         return found

@@ -1,6 +1,6 @@
 """The rounds: what each collects, learns from and optimises, and when it stops."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,10 @@ class CollectConfig(Section):
             raise ValueError(
                 f"samples_per_prompt = {self.samples_per_prompt} is less than "
                 f"responses_per_task = {self.responses_per_task}"
+            )
+        if self.samples_per_prompt < len(self.policies):
+            raise ValueError(
+                f"samples_per_prompt = {self.samples_per_prompt} is less than the {len(self.policies)} policies"
             )
         return self
 
@@ -103,6 +107,21 @@ class RoundOverride(Section):
     guards: GuardsConfig | None = None
 
 
+_MERGED = ("collect", "mixture", "guards")
+
+
+def _merged(override: Any, general: dict[str, Any]) -> Any:
+    """Fill the sections of one round's override."""
+    if not isinstance(override, dict):
+        return cast(object, override)
+    filled = dict(cast(dict[str, Any], override))
+    for name in _MERGED:
+        given, common = filled.get(name), general.get(name)
+        if isinstance(given, dict) and isinstance(common, dict):
+            filled[name] = {**cast(dict[str, Any], common), **cast(dict[str, Any], given)}
+    return filled
+
+
 class RoundsConfig(Section):
     """The schedule of rounds; `overrides` changes single ones."""
 
@@ -131,6 +150,19 @@ class RoundsConfig(Section):
     overrides: dict[str, RoundOverride] = {}
     """Round number -> what it does differently."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _overrides_change_single_values(cls, values: Any) -> Any:
+        """Fill what an override of a section leaves out with what the section says for all rounds."""
+        if not isinstance(values, dict):
+            return cast(object, values)  # whatever is wrong with it is said in its place
+        general = cast(dict[str, Any], values)
+        overrides = general.get("overrides")
+        if not isinstance(overrides, dict):
+            return general
+        merged = {number: _merged(override, general) for number, override in cast(dict[str, Any], overrides).items()}
+        return {**general, "overrides": merged}
+
     @model_validator(mode="after")
     def _overrides_name_rounds(self) -> Self:
         for name in self.overrides:
@@ -145,6 +177,39 @@ class RoundsConfig(Section):
             if plan.collect.comparisons and plan.labeler is None:
                 raise ValueError(
                     f"round {number} collects comparisons, but rounds.labeler does not say who labels them"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _policies_will_be_there(self) -> Self:
+        ends = {0}
+        version = 0
+        for number in range(1, self.count + 1):
+            plan = self.of(number)
+            here = {*ends, version + plan.iterations + (number > 1)}
+            for name in (plan.init_policy, *plan.collect.policies):
+                _require(name, ends, f"round {number}")
+            for name in self.evaluation.opponents:
+                _require(name, here if number == self.count else ends | {0}, f"round {number}'s evaluation")
+            ends, version = here, max(here)
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_asked_in_vain(self) -> Self:
+        for number in range(1, self.count + 1):
+            plan = self.of(number)
+            if plan.guards.heldout_gap is not None and self.heldout_share == 0:
+                raise ValueError("guards.heldout_gap needs a held-out reward model: set rounds.heldout_share above 0")
+            if plan.collect.comparisons and number > 1 and not self.refresh:
+                raise ValueError(
+                    f"round {number} collects comparisons, but with rounds.refresh = false no reward model learns from "
+                    "them"
+                )
+            judged = plan.labeler is not None or self.evaluation.labeler is not None
+            if not judged and "best" in (plan.init_policy, *plan.collect.policies):
+                raise ValueError(
+                    f"round {number} uses the best policy, but nobody judges which that is: set rounds.labeler or "
+                    "rounds.evaluation.labeler (a gold score must not decide what is trained)"
                 )
         return self
 
@@ -168,3 +233,10 @@ class RoundPlan(Section):
     init_policy: PolicyName | Literal["previous"]
     reward_start: Literal["cold", "warm"]
     guards: GuardsConfig
+
+
+def _require(name: str, there: set[int], where: str) -> None:
+    """Refuse a version that will not have been exported by then."""
+    if name.startswith("v") and int(name[1:]) not in there:
+        known = ", ".join(f"v{version:03d}" for version in sorted(there))
+        raise ValueError(f"{where} names policy {name}, which will not be there; there will be {known}")

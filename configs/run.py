@@ -111,12 +111,24 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _rounds_fit(self) -> Self:
         if self.trains_reward_model:
-            return self
+            return self._gate_can_tell()
         for number in range(1, self.rounds.count + 1):
             if self.rounds.of(number).collect.comparisons:
                 raise ValueError(
                     f"round {number} collects comparisons (rounds.collect), but no reward model is trained on them: "
                     "scoring.rewards names none with path trained"
+                )
+        return self
+
+    def _gate_can_tell(self) -> Self:
+        gate, fraction = self.rounds.gate, self.learner.reward_model.heldout_fraction
+        for number in range(2, self.rounds.count + 1):
+            comparisons = self.rounds.of(number).collect.comparisons
+            if gate.enabled and gate.pairs == "newest" and 0 < comparisons * fraction < gate.min_prompts:
+                raise ValueError(
+                    f"round {number} collects {comparisons} comparisons and holds out about "
+                    f"{comparisons * fraction:.0f} (learner.reward_model.heldout_fraction = {fraction:g}), fewer than "
+                    f"rounds.gate.min_prompts = {gate.min_prompts}: no new reward model could ever pass"
                 )
         return self
 
@@ -146,8 +158,8 @@ class RunConfig(Section):
         scratch, tensor_parallel = self.models.policy.scratch, self.rollout.tensor_parallel
         if scratch is not None and tensor_parallel > scratch.num_kv_heads:
             raise ValueError(
-                f"rollout.tensor_parallel = {tensor_parallel} is more than the policy's {scratch.num_kv_heads} key-value "
-                "heads: an engine would hold copies of them, and what it holds could not be proven"
+                f"rollout.tensor_parallel = {tensor_parallel} is more than the policy's {scratch.num_kv_heads} "
+                "key-value heads: an engine would hold copies of them, and what it holds could not be proven"
             )
         if self.cluster.backend == "cpu" and self.rollout.tensor_parallel > 1:
             raise ValueError("rollout.tensor_parallel > 1 needs cluster.backend = cuda")

@@ -260,10 +260,15 @@ def _gate(
         ]
         for found in (scores, before)
     ]
+
+    def prompt_of(index: int) -> bytes:
+        return task.elements[index].sequences[0].prompt_ids.tobytes()
+
+    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(map(prompt_of, judged)))}
     return {"incumbent": job.incumbent.name, "pairs": settings.pairs} | paired_gain(
         np.array(gaps[0]),
         np.array(gaps[1]),
-        prompts=np.array([index for index in judged for _ in task.elements[index].better]),
+        prompts=np.array([number[prompt_of(index)] for index in judged for _ in task.elements[index].better]),
         metric=settings.metric,
         confidence=settings.confidence,
         resamples=settings.bootstrap_resamples,

@@ -19,8 +19,10 @@ class StoredPolicy:
     """
 
     def __init__(self, policy: PolicyModel, context: RankContext) -> None:
-        self.context = context
-        self.module: nn.Module = policy.to(context.device).eval()
+        # In plain memory: the accelerator may be full of what it learns with.
+        self.context = RankContext(rank=context.rank, world_size=1, device=torch.device("cpu"))
+        policy.network.set_attn_implementation("sdpa")  # what an accelerator's kernels do, a CPU does not
+        self.module: nn.Module = policy.to("cpu").eval()
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:

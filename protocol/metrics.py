@@ -54,5 +54,5 @@ COUNTER_RESPONSE_TOKENS = "counter/response_tokens"
 
 SCORE_PREFIX = "score/"
 HELDOUT_GAP = "score/heldout_gap"
-"""Score minus held-out score: how much of what is optimised an independent reward model does not see."""
+"""The trained reward model's score minus the held-out one's: what an independent model does not see."""
 GOLD_PREFIX = "gold/"

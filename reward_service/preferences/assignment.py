@@ -4,11 +4,12 @@ import json
 import random
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, Select, bindparam, delete, exists, func, insert, or_, select, update
 
 from reward_service.preferences.records import Purpose, Task, stable_id, task_from_json
-from reward_service.preferences.schema import LABELS, LEASES, QUEUE, TASKS
+from reward_service.preferences.schema import LABELERS, LABELS, LEASES, QUEUE, TASKS
 
 PRECEDENCE: dict[Purpose, int] = {"training": 0, "evaluation": 1, "check": 2}
 """Attention checks come last, since whoever hands out tasks asks for them by purpose."""
@@ -103,6 +104,34 @@ def next_lease(
         )
     )
     return live_lease(connection, labeler_id, now=now)
+
+
+def num_takeable(connection: Connection, *, round: int | None, purpose: Purpose | None) -> int:
+    """Count the open tasks that somebody who is invited has not seen; all open ones while nobody is invited."""
+    enabled = select(LABELERS.c.labeler_id).where(LABELERS.c.disabled_at.is_(None))
+    seen = exists().where(
+        LABELS.c.task_id == QUEUE.c.task_id, LABELS.c.labeler_id == LABELERS.c.labeler_id, LABELS.c.verdict != "invalid"
+    )
+    fresh = exists().where(LABELERS.c.disabled_at.is_(None), ~seen)
+    query = select(func.count()).select_from(TASKS).join(QUEUE, QUEUE.c.task_id == TASKS.c.task_id)
+    query = query.where(QUEUE.c.judgements < QUEUE.c.overlap, or_(fresh, ~exists(enabled)))
+    return connection.execute(_of_kind(query, round=round, purpose=purpose)).scalar_one()
+
+
+def close_open(connection: Connection, *, round: int, purpose: Purpose) -> None:
+    """Hand tasks out no more: what they would say comes too late for the run."""
+    those = _of_kind(select(TASKS.c.task_id), round=round, purpose=purpose)
+    connection.execute(
+        update(QUEUE)
+        .where(QUEUE.c.task_id.in_(those), QUEUE.c.judgements < QUEUE.c.overlap)
+        .values(overlap=QUEUE.c.judgements)
+    )
+
+
+def _of_kind(query: Select[Any], *, round: int | None, purpose: Purpose | None) -> Select[Any]:
+    if round is not None:
+        query = query.where(TASKS.c.round == round)
+    return query if purpose is None else query.where(TASKS.c.purpose == purpose)
 
 
 def num_held_by_others(connection: Connection, task_id: str, labeler_id: str, *, now: float) -> int:

@@ -79,7 +79,7 @@ class InvalidLabelsError(UserError):
 
 
 def label_chunks(
-    labeler: Labeler, tasks: Sequence[Task], *, now: Clock, chunk_tasks: int = 64
+    labeler: Labeler, tasks: Sequence[Task], *, now: Clock, chunk_tasks: int = 64, num_tasks: int | None = None
 ) -> Iterator[list[Label]]:
     """Judge tasks chunk by chunk, so that the caller can record each chunk before the next is asked for.
 
@@ -91,6 +91,7 @@ def label_chunks(
         tasks: What to judge.
         now: The clock.
         chunk_tasks: Tasks in a chunk.
+        num_tasks: Of how many tasks these are the rest, where others were labelled before; these alone if not given.
 
     Yields:
         The labels of one chunk, in the order of the tasks.
@@ -109,7 +110,7 @@ def label_chunks(
         yield labels
         # A share that no single chunk exceeds is not exceeded by all together either.
         if max_fraction is not None:
-            require_few_invalid(made, num_tasks=len(tasks), max_fraction=max_fraction)
+            require_few_invalid(made, num_tasks=num_tasks or len(tasks), max_fraction=max_fraction)
 
 
 def require_few_invalid(labels: Sequence[Label], *, num_tasks: int, max_fraction: float) -> None:

@@ -119,3 +119,23 @@ def _labeler(row: Row[Any]) -> Labeler:
 def _require_one(num_changed: int, labeler_id: str) -> None:
     if num_changed != 1:
         raise UserError(f"there is no labeler {labeler_id}", next_step="`rondo label` lists who was invited")
+
+
+def claim(connection: Connection, run_id: str, *, now: float) -> None:
+    """Make a store that is nobody's this run's.
+
+    Raises:
+        UserError: If it is another run's.
+    """
+    found = connection.execute(select(AUDIT.c.details).where(AUDIT.c.event == _CLAIM)).scalars().first()
+    if found is None:
+        insert_audit(connection, _CLAIM, labeler_id=None, details={"run_id": run_id}, now=now)
+    elif json.loads(found)["run_id"] != run_id:
+        raise UserError(
+            "the database holds the labels of another run",
+            where="rounds.store_env",
+            next_step="give every run a database of its own",
+        )
+
+
+_CLAIM = "the store belongs to a run"

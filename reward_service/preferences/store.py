@@ -250,6 +250,21 @@ class PreferenceStore:
             invalid=counts.get("invalid", 0),
         )
 
+    def num_takeable(self, *, round: int | None = None, purpose: Purpose | None = None) -> int:
+        """Count open tasks that some invited labeler has not judged or skipped; all of them while nobody is invited."""
+        with self._database.reading() as connection:
+            return assignment.num_takeable(connection, round=round, purpose=purpose)
+
+    def close_open(self, *, round: int, purpose: Purpose) -> None:
+        """Hand the open tasks of a round out no more, because the run has gone on without them."""
+        with self._database.writing() as connection:
+            assignment.close_open(connection, round=round, purpose=purpose)
+
+    def claim(self, run_id: str) -> None:
+        """Say whose store this is, or raise UserError: labels of two runs must not mix."""
+        with self._database.writing() as connection:
+            people.claim(connection, run_id, now=time.time())
+
     def last_label(self, labeler_id: str) -> Label | None:
         """Return the newest standing label of a labeler, which is what an undo supersedes."""
         query = select(LABELS.c.body).where(LABELS.c.labeler_id == labeler_id, _standing(None))

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import uvicorn
 
+from configs.data import SourceConfig
 from configs.labels import PeopleConfig
 from reward_service.labeling.app import make_app
 from reward_service.labeling.guard import Limits, Rate
@@ -124,6 +125,8 @@ def running_site(
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         site = replace(site_at(url, host="127.0.0.1", run_name="demo"), limits=limits)
+        if "check_period" in config:  # the tests put their checks into the store themselves
+            config.setdefault("checks", SourceConfig(source="examples.quickstart.data:preferences", count=1))
         app = make_app(store, config=PeopleConfig(**config), site=site, secret_file=secret_file)
         server = uvicorn.Server(settings(app, behind_proxy=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

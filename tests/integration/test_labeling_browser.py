@@ -1,6 +1,7 @@
 """The labeling page in a real browser: by keyboard, by touch, offline, without script, and under an accessibility
 audit."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import axe_playwright_python
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
+from playwright.sync_api import Error as PlaywrightError
 
 from tests.integration.labeling_site import SECRETS, RunningSite, running_site, task
 
@@ -92,7 +94,11 @@ def keys(page: Page, pressed: str) -> None:
 
 
 def shot(page: Page, folder: Path, name: str) -> None:
-    page.screenshot(path=folder / f"{name}.png")
+    for _ in range(3):  # on a busy machine Chromium gives up on a picture now and then
+        with contextlib.suppress(PlaywrightError):
+            page.screenshot(path=folder / f"{name}.png")
+            return
+    raise AssertionError(f"no picture of {name} after three tries")
 
 
 # --- By keyboard -----------------------------------------------------------------------------------------------------

@@ -30,13 +30,24 @@ def test_different_prompts_are_refused() -> None:
         win_rate({"a": 1.0}, {"b": 1.0}, resamples=10, seed=0)
 
 
+REST = {"components": {}, "response_tokens": {"a": 3, "b": 3}}
+
+
 def test_the_comparison_holds_both_sides() -> None:
     summary = {"score_mean": 0.0, "kl_k1_per_sequence": 0.0, "response_tokens_mean": 3.0}
     before = Evaluation(
-        policy_version=0, summary=summary, judged={"a": 0.0, "b": 0.0}, judge="gold", response_tokens={"a": 3, "b": 3}
+        policy_version=0,
+        summary=summary,
+        judged={"a": 0.0, "b": 0.0},
+        judge="gold",
+        **REST,
     )
     after = Evaluation(
-        policy_version=4, summary=summary, judged={"a": 1.0, "b": 1.0}, judge="gold", response_tokens={"a": 3, "b": 3}
+        policy_version=4,
+        summary=summary,
+        judged={"a": 1.0, "b": 1.0},
+        judge="gold",
+        **REST,
     )
     result = compare(before, after, load("quickstart"))
     assert result["after"]["win_rate"] == 1.0

@@ -20,6 +20,7 @@ class World:
         self.time = self.begun = at
         self.per_second = per_second
         self.said: list[str] = []
+        self.takeable = 1
 
     def sleep(self, seconds: float) -> None:
         self.time += seconds
@@ -29,8 +30,8 @@ class World:
 
     def wait(self, people: PeopleConfig, begun: Path) -> Progress:
         return wait_for_people(
-            self.progress, people, what="round 2", begun=begun, say=self.said.append, sleep=self.sleep,
-            now=lambda: self.time,
+            self.progress, people, takeable=lambda: self.takeable, what="round 2", begun=begun, say=self.said.append,
+            sleep=self.sleep, now=lambda: self.time,
         )  # fmt: skip
 
 
@@ -53,12 +54,25 @@ def test_a_minimum_is_enough(begun: Path) -> None:
 
 
 def test_the_time_is_counted_over_restarts(begun: Path) -> None:
-    with pytest.raises(NotLabelledYetError, match="5 of 10 tasks are done after 5 s"):
+    with pytest.raises(NotLabelledYetError, match="5 of 10 tasks are done, and 5 s are over"):
         World().wait(PeopleConfig(poll_s=1.0, max_wait_s=5.0), begun)
+    begun.write_text('{"since": 1097.0}')  # a driver that was killed while it waited
     again = World(per_second=0.0, at=1100.0)
     with pytest.raises(NotLabelledYetError):
         again.wait(PeopleConfig(poll_s=1.0, max_wait_s=5.0), begun)
-    assert again.time == 1100.0
+    assert again.time == 1102.0
+    later = World(per_second=0.0, at=1200.0)  # a wait that ran out is over; the next start waits anew
+    with pytest.raises(NotLabelledYetError):
+        later.wait(PeopleConfig(poll_s=1.0, max_wait_s=5.0), begun)
+    assert later.time == 1205.0
+
+
+def test_tasks_that_nobody_can_take_are_not_waited_for(begun: Path) -> None:
+    world = World(per_second=0.0)
+    world.takeable = 0
+    with pytest.raises(NotLabelledYetError, match="nobody is left"):
+        world.wait(PeopleConfig(poll_s=1.0), begun)
+    assert world.time == 1000.0
 
 
 def test_a_run_goes_on_with_what_is_there_if_it_may(begun: Path) -> None:
