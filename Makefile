@@ -26,7 +26,7 @@ $(STAMP): $(LOCKS)
 quickstart: setup  ## Train a small language model by RLHF, end to end, on this machine's CPU
 	$(BIN)/rondo quickstart
 
-test: setup  ## The default test suite: no network, no GPU, under 15 minutes on 2 cores
+test: setup  ## The default test suite: no network, no GPU
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: setup  ## The tests that take minutes each
