@@ -161,7 +161,7 @@ def test_a_guard_ends_a_round_and_says_why(tmp_path: Path) -> None:
 
 
 def test_a_run_waits_for_people_without_workers_and_goes_on_with_their_labels(tmp_path: Path) -> None:
-    people = "{kind: people, max_wait_s: 2.0, poll_s: 0.5, min_labels: 20}"
+    people = "{kind: people, max_wait_s: 2.0, poll_s: 0.5}"
     arguments = (
         "train",
         "quickstart",
@@ -175,12 +175,12 @@ def test_a_run_waits_for_people_without_workers_and_goes_on_with_their_labels(tm
     assert "the same command waits again" in waiting.stdout
     run = tmp_path / "rounds"
     with store(run) as preferences:
-        labelled = [label_next(preferences, labeler=f"person {number % 2}") for number in range(26)]
-    assert sum(labelled) >= 20
+        labelled = [label_next(preferences, labeler=f"person {number % 2}") for number in range(40)]
+    assert 5 <= sum(labelled) < 40  # every task there is
     done = rondo(*arguments)
     assert done.returncode == 0, done.stderr + done.stdout
     rows = (run / "rounds" / "r001" / "comparisons.jsonl").read_text().splitlines()
-    assert 10 <= len(rows) <= sum(labelled)  # a pair with an empty side gives no row
+    assert 3 <= len(rows) <= sum(labelled)  # a pair with an empty side gives no row
     report = json.loads((run / "reward_models" / "v000" / "reward_model_report.json").read_text())
     assert set(report["sources"]) == {"base", "round 1"}
 
