@@ -8,15 +8,14 @@ with 1 unless every run reaches the bounds that the README promises. The gold sc
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.chain import run_chain
 
 MIN_WIN_RATE_LOW = 0.60
 MIN_GOLD_GAIN = 0.4
@@ -47,36 +46,9 @@ def main() -> None:
 def run(algorithm: str, seed: int, *, output: Path, overrides: list[str]) -> dict[str, Any]:
     """Run one whole chain in a process of its own and read its figures off."""
     name = f"{algorithm}-seed{seed}"
-    command = [
-        sys.executable, "-m", "cluster.cli", "train", "quickstart", f"algorithm.name={algorithm}", f"run.seed={seed}",
-        f"run.name={name}", f"run.dir={output}", *overrides,
-    ]  # fmt: skip
-    started = time.monotonic()
-    with (output / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        peak_bytes = watch(process)
-    if process.returncode:
-        raise SystemExit(f"{name} ended with {process.returncode}; see {log.name}")
-    return figures(output / name, algorithm=algorithm, seed=seed) | {
-        "seconds": time.monotonic() - started,
-        "peak_memory_gib": peak_bytes / 2**30,
-    }
-
-
-def watch(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a run and return the peak of its processes' summed resident memory, in bytes."""
-    peak = 0
-    root = psutil.Process(process.pid)
-    while process.poll() is None:
-        total = 0
-        for member in [root, *root.children(recursive=True)]:
-            try:
-                total += member.memory_info().rss
-            except psutil.NoSuchProcess:
-                continue
-        peak = max(peak, total)
-        time.sleep(1.0)
-    return peak
+    overrides = [f"algorithm.name={algorithm}", f"run.seed={seed}", *overrides]
+    took = run_chain(name, output=output, overrides=overrides)
+    return figures(output / name, algorithm=algorithm, seed=seed) | took
 
 
 def figures(run_directory: Path, *, algorithm: str, seed: int) -> dict[str, Any]:

@@ -10,16 +10,14 @@ a wrong piece, and the ladder orders the three policies with intervals that do n
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quickstart import watch
+from benchmarks.chain import run_chain
 from cluster import samples
 from examples.quickstart.gold import analyse
 from protocol.tokens import decode, load_tokenizer
@@ -44,18 +42,8 @@ def main() -> None:
 def run(seed: int, *, output: Path, overrides: list[str]) -> dict[str, Any]:
     """Run one whole chain in a process of its own and read its figures off; a finished one is only read."""
     name = f"seed{seed}"
-    command = [
-        sys.executable, "-m", "cluster.cli", "train", "quickstart", f"run.seed={seed}", f"run.name={name}",
-        f"run.dir={output}", *overrides,
-    ]  # fmt: skip
-    started = time.monotonic()
-    with (output / f"{name}.log").open("a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        peak_bytes = watch(process)
-    if process.returncode:
-        raise SystemExit(f"{name} ended with {process.returncode}; see {log.name}")
-    found = figures(output / name) | {"seed": seed}
-    return found | {"seconds": time.monotonic() - started, "peak_memory_gib": peak_bytes / 2**30}
+    took = run_chain(name, output=output, overrides=[f"run.seed={seed}", *overrides])
+    return figures(output / name) | {"seed": seed} | took
 
 
 def figures(run_directory: Path) -> dict[str, Any]:

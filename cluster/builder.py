@@ -2,7 +2,6 @@
 
 from actors import worker as rollout_worker
 from cluster import placement
-from cluster.evaluation import write_json
 from cluster.learner_group import LearnerGroup
 from cluster.placement import Placement
 from cluster.pool import Handle
@@ -12,6 +11,7 @@ from cluster.scoring_pool import ScoringPool
 from configs.rollout import RolloutConfig
 from configs.run import RunConfig
 from learner import worker as learner_worker
+from protocol.files import write_json
 from reward_service import worker as scoring_worker
 
 

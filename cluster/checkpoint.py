@@ -7,7 +7,6 @@ file, is written last. Old checkpoints go only after a new one has been verified
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import UserError
+from protocol.files import sync
 
 FORMAT_VERSION = 1
 _LOG = logging.getLogger(__name__)
@@ -68,12 +68,12 @@ def commit(
     manifest = {"format_version": FORMAT_VERSION, "config_hash": config_hash, "files": files}
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (*_files(staging), *(p for p in staging.rglob("*") if p.is_dir()), staging):
-        _sync(path)
+        sync(path)
     target = root / name
     if target.exists():
         shutil.rmtree(target)
     staging.rename(target)
-    _sync(root)
+    sync(root)
     return Checkpoint(directory=target, driver=driver, config_hash=config_hash)
 
 
@@ -159,11 +159,3 @@ def _files(directory: Path) -> list[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,12 +20,13 @@ from configs.labels import AutomaticLabelerConfig, JudgeConfig, LabelerConfig, P
 from configs.load import config_hash
 from configs.run import RunConfig
 from protocol.errors import UserError
+from protocol.files import write_text
 from protocol.messages import Prompt, Rollout
 from protocol.tokens import decode
 from reward_service.ladder import Ladder
 from reward_service.preferences.exchange import training_rows
 from reward_service.preferences.labeling_protocol import Labeler, label_chunks
-from reward_service.preferences.records import Candidate, Purpose, Task
+from reward_service.preferences.records import Candidate, LabeledTask, Purpose, Task
 from reward_service.preferences.selection import form_tasks
 from reward_service.preferences.store import PreferenceStore
 
@@ -75,22 +76,12 @@ class Collection:
             prompts: The training prompts.
             tokenizer: Decodes the responses.
         """
-        labeler = self._config.rounds.of(state.round).labeler
         plan = self._config.rounds.of(state.round).collect
         if plan.comparisons == 0 or any(map(_is_collected, self._store.tasks(round=state.round, purpose="training"))):
             return
         wanted = min(len(prompts), round(plan.comparisons * _SPARE) + 1)
         chosen = PromptStream(prompts, seed=self._config.run.seed + 1_000_003 * state.round).take(wanted)
-        candidates: dict[str, list[Candidate]] = {prompt.prompt_id: [] for prompt in chosen}
-        metadata = {prompt.prompt_id: prompt.metadata for prompt in chosen}
-        versions = list(dict.fromkeys(schedule.named_version(name, state) for name in plan.policies))
-        for number, version in enumerate(versions):
-            samples = len(range(number, plan.samples_per_prompt, len(versions)))
-            for rollout in self._sampled(chosen, state, number=number, version=version, samples=samples):
-                if rollout.finish_reason == "stop":  # one that was cut off is charged for that elsewhere
-                    candidates[rollout.key.prompt_id].append(
-                        _candidate(rollout, tokenizer, version=version, temperatures=_turned(plan.temperatures, number))
-                    )
+        candidates = self._candidates(chosen, state, tokenizer)
         tasks, report = form_tasks(
             candidates,
             prompts={prompt.prompt_id: prompt.source for prompt in chosen},
@@ -109,12 +100,13 @@ class Collection:
                 next_step="raise rounds.collect.samples_per_prompt or the temperatures",
             )
         self._say(f"round {state.round}: {len(tasks)} tasks for labelers ({report})")
-        overlap = labeler.overlap if isinstance(labeler, PeopleConfig) else 1
-        owned = [replace(task, metadata=dict(metadata[task.prompt_id]), overlap=overlap) for task in tasks]
-        checks: list[Task] = []
+        metadata = {prompt.prompt_id: dict(prompt.metadata) for prompt in chosen}
+        owned = [replace(task, metadata=metadata[task.prompt_id]) for task in tasks]
+        labeler = self._config.rounds.of(state.round).labeler
         if isinstance(labeler, PeopleConfig):
-            checks = list(attention_checks(labeler, round=state.round, seed=self._config.run.seed))
-        self._store.add_tasks([*owned, *checks])
+            owned = [replace(task, overlap=labeler.overlap) for task in owned]
+            owned += attention_checks(labeler, round=state.round, seed=self._config.run.seed)
+        self._store.add_tasks(owned)
 
     def label(self, labeler: LabelerConfig | None, *, round: int, purpose: Purpose) -> None:
         """Have all tasks of a round labelled, by whoever the configuration names."""
@@ -154,10 +146,9 @@ class Collection:
                     next_step="`rondo label stats RUN` shows what was said",
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            temporary.replace(path)
-        self._note(path, round)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            self._note(path, labeled, text.encode(), round=round)  # first: a file that is there is not noted again
+            write_text(path, text)
         return path
 
     def _wait(self, people: PeopleConfig, *, round: int, purpose: Purpose) -> None:
@@ -177,6 +168,20 @@ class Collection:
         self._store.close_open(round=round, purpose=purpose)
         if purpose == "training":
             self._store.close_open(round=round, purpose="check")
+
+    def _candidates(self, prompts: Sequence[Prompt], state: RunState, tokenizer: Any) -> dict[str, list[Candidate]]:
+        """Have every collecting policy respond to the prompts; a prompt's samples are shared out among them."""
+        plan = self._config.rounds.of(state.round).collect
+        candidates: dict[str, list[Candidate]] = {prompt.prompt_id: [] for prompt in prompts}
+        versions = list(dict.fromkeys(schedule.named_version(name, state) for name in plan.policies))
+        for number, version in enumerate(versions):
+            temperatures = _turned(plan.temperatures, number)
+            samples = len(range(number, plan.samples_per_prompt, len(versions)))
+            for rollout in self._sampled(prompts, state, number=number, version=version, samples=samples):
+                if rollout.finish_reason == "stop":  # one that was cut off is charged for that elsewhere
+                    candidate = _candidate(rollout, tokenizer, version=version, temperatures=temperatures)
+                    candidates[rollout.key.prompt_id].append(candidate)
+        return candidates
 
     def _sampled(
         self, prompts: Sequence[Prompt], state: RunState, *, number: int, version: int, samples: int
@@ -201,9 +206,8 @@ class Collection:
         found = Ladder.from_json(json.loads(self._directory.ladder.read_text()))
         return {frozenset((pair.version, pair.over)): pair.lead.se_elo**2 for pair in found.pairs}
 
-    def _note(self, path: Path, round: int) -> None:
-        text = path.read_bytes()
-        policies = {c.policy for task in self._store.tasks(round=round, purpose="training") for c in task.candidates}
+    def _note(self, path: Path, labeled: Sequence[LabeledTask], content: bytes, *, round: int) -> None:
+        policies = {candidate.policy for entry in labeled for candidate in entry.task.candidates}
         lineage.note(
             self._directory.lineage,
             Artefact(
@@ -212,7 +216,7 @@ class Collection:
                 round=round,
                 config=config_hash(self._config),
                 parents=tuple(f"policies/{policy}" for policy in sorted(policies)),
-                data={"rows": text.count(b"\n"), "sha256": lineage.sha256(text)},
+                data={"rows": content.count(b"\n"), "sha256": lineage.sha256(content)},
             ),
         )
 

@@ -1,10 +1,7 @@
 """The evaluation before and after: held-out prompts, gold scores where there are any, and a win rate with interval."""
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,13 +139,3 @@ def compare(before: Evaluation, after: Evaluation, config: RunConfig) -> dict[st
             "win_rate_ci95": list(interval),
         },
     }
-
-
-def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(values, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

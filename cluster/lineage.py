@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.evaluation import write_json
+from protocol.files import write_json
 
 Kind = Literal["policy", "reward_model", "comparisons"]
 

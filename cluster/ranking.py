@@ -8,12 +8,13 @@ from typing import Any
 
 from cluster import samples, schedule
 from cluster.collection import Collection
-from cluster.evaluation import Evaluation, write_json
+from cluster.evaluation import Evaluation
 from cluster.run_directory import RunDirectory
 from cluster.schedule import RunState
 from configs.labels import LabelerConfig, PeopleConfig
 from configs.run import RunConfig
 from configs.scoring import ModelRewardConfig
+from protocol.files import write_json
 from protocol.messages import Rollout
 from reward_service import ladder
 from reward_service.ladder import Comparison, LadderError

@@ -9,7 +9,6 @@ from typing import Any
 from cluster import lineage
 from cluster.collection import Collection
 from cluster.crew import Crew
-from cluster.evaluation import write_json
 from cluster.learner_group import Progress
 from cluster.lineage import Artefact
 from cluster.run_directory import RunDirectory
@@ -18,6 +17,7 @@ from configs.data import SourceConfig
 from configs.load import config_hash
 from configs.run import RunConfig
 from learner.comparisons import BASE, ComparisonSource, Half, RewardModelJob
+from protocol.files import write_json
 
 _LOG = logging.getLogger(__name__)
 REPORT = "reward_model_report.json"

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import os
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -25,6 +24,7 @@ from cluster.report_training import (
 from cluster.run_directory import RunDirectory
 from configs.load import config_hash
 from configs.run import RunConfig
+from protocol.files import write_text
 from reward_service.preferences.store import PreferenceStore
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -41,13 +41,7 @@ def write_report(directory: RunDirectory, config: RunConfig, store: PreferenceSt
     Returns:
         The file.
     """
-    page = render(read_record(directory, config, store))
-    temporary = directory.report.with_name(directory.report.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", errors="replace") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(directory.report)
+    write_text(directory.report, render(read_record(directory, config, store)), errors="replace")
     return directory.report
 
 

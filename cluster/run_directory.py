@@ -10,6 +10,7 @@ from pathlib import Path
 from configs.load import ConfigError, config_hash, dump, load
 from configs.run import RunConfig
 from protocol.errors import UserError
+from protocol.files import write_text
 
 _LOCK = ".lock"
 
@@ -152,9 +153,7 @@ def claim(config: RunConfig) -> RunDirectory:
     try:
         root.mkdir(parents=True, exist_ok=True)
         if not directory.config.exists():
-            temporary = directory.config.with_suffix(".tmp")
-            temporary.write_text(f"# config {config_hash(config)}\n{dump(config)}")
-            temporary.replace(directory.config)
+            write_text(directory.config, f"# config {config_hash(config)}\n{dump(config)}")
     except OSError as error:
         raise UserError(
             f"cannot write the run directory: {error}",
@@ -235,9 +234,7 @@ def run_id(directory: RunDirectory) -> str:
     """Return the run's own id, made when it is first asked for."""
     path = directory.root / "run_id"
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(uuid.uuid4().hex)
-        temporary.replace(path)
+        write_text(path, uuid.uuid4().hex)
     return path.read_text()
 
 

@@ -1,13 +1,13 @@
 """Responses in a file, one JSON object each, so that they can be scored again when the reward model has changed."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from protocol.files import write_text
 from protocol.messages import PolicyVersions, Prompt, Rollout, RolloutKey
 
 
@@ -19,13 +19,7 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
         rollouts: In any order, which is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for rollout in rollouts:
-            file.write(json.dumps(_to_json(rollout)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(_to_json(rollout)) + "\n" for rollout in rollouts))
 
 
 def read(path: Path) -> list[Rollout]:

@@ -12,8 +12,6 @@ EVALUATION = -1
 """In place of an iteration's number, in the keys of evaluation samples."""
 CALIBRATION = -2
 """Likewise for the samples that fix a reward model's zero and unit."""
-
-
 JUDGING = -3
 """Likewise for a judge's answers."""
 COLLECTION = -4

@@ -24,11 +24,13 @@ from cluster.refresh import Refresh
 from cluster.rollout_pool import put
 from cluster.run_directory import RunDirectory
 from cluster.schedule import CALIBRATION, Phase, RunState
+from cluster.scoring_pool import ScoringPool
 from cluster.tracking import Sinks
 from configs.load import config_hash
 from configs.run import RunConfig
 from protocol import metrics as names
 from protocol.errors import UserError
+from protocol.files import write_json
 from protocol.messages import IterationReport, Prompt, RoundReport
 
 _LOG = logging.getLogger(__name__)
@@ -102,7 +104,12 @@ class RunStages:
         self._resumed: checkpoint.Checkpoint | None = None
         self._sinks: Sinks | None = None
         self._history: list[dict[str, float]] = []
-        self._scores_with: int | None = None
+        self._loaded: tuple[int, int | None] | None = None
+        """Which generation of scoring workers holds which version of the reward model."""
+        self._calibrated_for: tuple[int, int] | None = None
+        """Which generation of scoring workers holds which round's zero and unit."""
+        self._evaluations: dict[int, Evaluation] = {}
+        """Version -> its evaluation with the reward models of now."""
         self._state = RunState()
 
     def resume(self) -> RunState:
@@ -133,7 +140,7 @@ class RunStages:
 
     def reached(self, state: RunState) -> None:
         """Make the beginning of a phase durable."""
-        evaluation.write_json(self.directory.state, state.to_json())
+        write_json(self.directory.state, state.to_json())
         self._state = state
 
     def sft(self) -> None:
@@ -165,8 +172,7 @@ class RunStages:
         if not path.exists():
             found = self._calibrated(state)
             path.parent.mkdir(parents=True, exist_ok=True)
-            evaluation.write_json(path, found)
-        self._scores_with = None  # the workers take the new constants before they score again
+            write_json(path, found)
         self._scoring(state)
 
     def baseline(self, state: RunState) -> None:
@@ -224,8 +230,8 @@ class RunStages:
             return
         before, after = self._evaluated(0), self._evaluated(state.policy_version)
         compared = evaluation.compare(before, after, self.config)
-        evaluation.write_json(self.directory.round(state.round) / "evaluation.json", compared)
-        evaluation.write_json(self.directory.evaluation, compared)
+        write_json(self.directory.round(state.round) / "evaluation.json", compared)
+        write_json(self.directory.evaluation, compared)
 
     def rank(self, state: RunState) -> RunState:
         """Place the round's policy on the ladder, and keep the round's report."""
@@ -242,7 +248,7 @@ class RunStages:
             score_start=history[0][names.OBJECTIVE_SCORE],
             score_end=history[-1][names.OBJECTIVE_SCORE],
         )
-        evaluation.write_json(self.directory.round_report(state.round), report.to_json())
+        write_json(self.directory.round_report(state.round), report.to_json())
         return state
 
     def close(self) -> None:
@@ -263,27 +269,32 @@ class RunStages:
             finished = {f.meta.key: f for f in rollouts.generate(requests, policy_version=0)}
             samples.write(path, rollouts.fetch([finished[request.key] for request in requests]))
         responses = samples.read(path)
-        self._load_reward_models(state)
-        raw = self._crew.scoring.raw_scores([finished.payload for finished in put(responses)])
+        raw = self._load_reward_models(state).raw_scores([finished.payload for finished in put(responses)])
         found = calibration.calibrate(raw, self.config, prompts=[rollout.prompt for rollout in responses])
         if state.reward_version is not None:
             calibration.store_with_model(found, self.config, self.directory.reward_model(state.reward_version))
         return found
 
-    def _load_reward_models(self, state: RunState) -> None:
-        if state.reward_version is not None:
-            self._crew.scoring.load(
+    def _load_reward_models(self, state: RunState) -> ScoringPool:
+        """Have the scoring workers hold this round's reward models."""
+        workers = self._crew.scoring
+        wanted = (self._crew.generation, state.reward_version)
+        if self._loaded != wanted and state.reward_version is not None:
+            workers.load(
                 trained=self.directory.reward_model(state.reward_version),
                 heldout=self._refresh.heldout(state.reward_version),
             )
+            self._loaded = wanted
+        return workers
 
-    def _scoring(self, state: RunState) -> Any:
+    def _scoring(self, state: RunState) -> ScoringPool:
         """Have the scoring workers use this round's reward models and their constants."""
-        workers = self._crew.scoring
-        if self._scores_with != self._crew.generation:
-            self._load_reward_models(state)
+        workers = self._load_reward_models(state)
+        wanted = (self._crew.generation, state.round)
+        if self._calibrated_for != wanted:
             workers.use(calibration.parse(json.loads(self.directory.calibrations(state.round).read_text())))
-            self._scores_with = self._crew.generation
+            self._calibrated_for = wanted
+            self._evaluations.clear()
         return workers
 
     def _start_learning(self, state: RunState) -> PromptStream:
@@ -311,7 +322,10 @@ class RunStages:
 
     def _evaluated(self, version: int) -> Evaluation:
         responses = self._responses(version)
-        return evaluation.score(self._scoring(self._state), responses, policy_version=version)
+        workers = self._scoring(self._state)
+        if version not in self._evaluations:
+            self._evaluations[version] = evaluation.score(workers, responses, policy_version=version)
+        return self._evaluations[version]
 
     def _standing(self, state: RunState) -> list[dict[str, float]]:
         """Read the metrics of this round's iterations that stand."""

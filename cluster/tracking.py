@@ -15,6 +15,7 @@ from rich.text import Text
 
 from configs.scoring import HELDOUT
 from protocol import metrics as names
+from protocol.files import write_text
 from protocol.messages import IterationReport, SampleText
 
 _LOG = logging.getLogger(__name__)
@@ -42,9 +43,7 @@ class LinesFile:
             there = path.read_text().splitlines(keepends=True)
             if len(there) > keep:
                 _LOG.warning("%s: %d lines after the checkpoint are taken off", path, len(there) - keep)
-                temporary = path.with_suffix(".tmp")
-                temporary.write_text("".join(there[:keep]))
-                temporary.replace(path)
+                write_text(path, "".join(there[:keep]))
         self._file = path.open("a")
 
     def write(self, report: IterationReport) -> None:

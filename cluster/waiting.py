@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from cluster.evaluation import write_json
 from configs.labels import PeopleConfig
 from protocol.errors import Resumable
+from protocol.files import write_json
 from reward_service.preferences.records import Progress
 
 

@@ -4,7 +4,6 @@ A directory is complete or not there: it is written beside its place, checked, a
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from learner.models import PolicyModel, ScalarModel, TrainedModel
 from learner.training import TrainingEngine
+from protocol.files import sync, write_text
 
 CALIBRATION = "rondo_calibration"
 REWARD_MODEL_REPORT = "reward_model_report.json"
@@ -153,12 +153,7 @@ def store_calibration(
         "num_responses": num_responses,
         "prompts_sha256": prompts_sha256,
     }
-    staging = path.with_name(f".config.json.{os.getpid()}")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
+    write_text(path, json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -230,17 +225,9 @@ def _complete_or_absent(directory: Path) -> Iterator[Path]:
     staging.mkdir()
     yield staging
     for path in [*staging.iterdir(), staging]:
-        _flush(path)
+        sync(path)
     staging.rename(directory)
-    _flush(directory.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(directory.parent)
 
 
 def _write_card(directory: Path, card: Mapping[str, Any], *, task: str, title: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
+from protocol.files import staged
 from protocol.messages import IntArray, RolloutKey, SampleText, ScoredBatch, ScoredRollout
 
 Decode = Callable[[IntArray], str]
@@ -23,9 +24,8 @@ def write_batch(path: Path, batch: ScoredBatch, *, decode: Decode, kl_nats: Mapp
     """
     rows = [_row(scored, decode=decode, kl_nats=kl_nats.get(scored.rollout.key)) for scored in batch.rollouts]
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(path.name + ".tmp")
-    parquet.write_table(pyarrow.Table.from_pylist(rows), staging)
-    staging.replace(path)
+    with staged(path) as staging:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), staging)
 
 
 def samples(

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from cluster import lineage, samples
-from cluster.evaluation import write_json
 from cluster.lineage import Artefact
 from cluster.run_directory import RunDirectory, claim
 from cluster.schedule import Phase, RunState
 from configs.load import load
 from configs.run import RunConfig
 from learner.validation import paired_gain, validation_report
+from protocol.files import write_json
 from protocol.messages import PolicyVersions, Prompt, Rollout, RolloutKey, RoundReport
 from reward_service.ladder import Comparison, Drift, fit_ladder
 from reward_service.preferences.records import Candidate, Label, Outcome, Task

@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 from protocol.datasets import ReadReport, open_records
 from protocol.errors import UserError
+from protocol.files import staged
 from reward_service.preferences import inbound, outbound
 from reward_service.preferences.consensus import consensus
 from reward_service.preferences.native import read_native, write_jsonl, write_parquet
@@ -61,11 +62,11 @@ def export(
     """
     report = ReadReport(source=str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.tmp")
     if format in ("jsonl", "parquet"):
         tasks, labels = _everything(source)
         report.num_kept = len(tasks) + len(labels)
-        (write_jsonl if format == "jsonl" else write_parquet)(staging, tasks, labels)
+        with staged(path) as staging:
+            (write_jsonl if format == "jsonl" else write_parquet)(staging, tasks, labels)
     else:
         labeled = source.labeled() if isinstance(source, PreferenceStore) else source
         wanted = [entry for entry in labeled if entry.task.purpose in purposes]
@@ -75,8 +76,8 @@ def export(
         rows = list(_OUTBOUND[format](wanted, report))
         if not rows:
             raise UserError(f"nothing can be exported as {format}: {report.summary()}", where=str(path))
-        _write_rows(staging, rows, suffix=path.suffix)
-    staging.replace(path)
+        with staged(path) as staging:
+            _write_rows(staging, rows, suffix=path.suffix)
     return report
 
 

@@ -5,7 +5,6 @@ the labeling page do); processes of several machines share a PostgreSQL database
 """
 
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, Self, TypeVar
 from sqlalchemy import Connection, Select, case, delete, exists, func, insert, select
 
 from protocol.errors import UserError
+from protocol.files import staged
 from reward_service.preferences import assignment, people, recording
 from reward_service.preferences.assignment import Lease, presented_order
 from reward_service.preferences.database import Database
@@ -337,17 +337,13 @@ class PreferenceStore:
             path: The file; replaced if it exists.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(path.name + ".tmp")
-        staging.unlink(missing_ok=True)
-        if self._database.is_sqlite:
-            self._vacuum_into(staging)
-        else:
-            # The lock stops writers, so that tasks and labels are of one moment.
-            with self._database.writing():
-                write_jsonl(staging, self.tasks(), self.labels(standing_only=False))
-        with staging.open("rb") as written:
-            os.fsync(written.fileno())
-        staging.replace(path)
+        with staged(path) as staging:
+            if self._database.is_sqlite:
+                self._vacuum_into(staging)
+            else:
+                # The lock stops writers, so that tasks and labels are of one moment.
+                with self._database.writing():
+                    write_jsonl(staging, self.tasks(), self.labels(standing_only=False))
 
     def _vacuum_into(self, path: Path) -> None:
         pooled = self._database.engine.raw_connection()
