@@ -70,7 +70,7 @@ def ranks(cluster: None, config: RunConfig, directory: Path) -> list[Any]:
 def learner(ranks: list[Any], config: RunConfig, directory: Path) -> Iterator[LearnerGroup]:
     group = LearnerGroup(config, make=lambda rank, name: ranks[rank])
     group.started()
-    group.start_rl(policy=directory / "policy", reward_model=None)
+    group.start_rl(policy=directory / "policy", reward_model=None, iterations=config.rounds.iterations)
     yield group
     group.stop()
 
@@ -97,7 +97,10 @@ def sample(pool: RolloutPool, version: int) -> dict[RolloutKey, list[int]]:
 def make_requests() -> list[RolloutRequest]:
     prompt = Prompt(prompt_id="p", token_ids=np.array([5, 6, 7], dtype=np.int32), text="p")
     keys = [RolloutKey(1, 0, "p", number) for number in range(8)]
-    return [RolloutRequest(key=key, prompt=prompt, seed=key.seed(0), max_response_tokens=48) for key in keys]
+    return [
+        RolloutRequest(key=key, prompt=prompt, seed=key.seed(0), max_response_tokens=48, temperature=1.0)
+        for key in keys
+    ]
 
 
 def tokens(finished: Any) -> list[int]:
@@ -224,13 +227,13 @@ def test_a_worker_lost_after_a_broadcast_catches_up_through_the_object_store(
 
 
 def test_a_version_that_the_learner_no_longer_holds_cannot_be_sent_again(
-    learner: LearnerGroup, pool: RolloutPool, directory: Path
+    learner: LearnerGroup, pool: RolloutPool, directory: Path, config: RunConfig
 ) -> None:
     old = learner.publish(policy_version=7)
     new = learner.publish(policy_version=8)
     with pytest.raises(RuntimeError, match="version 7 cannot be sent again: the policy is version 8"):
         old.stored()
-    learner.start_rl(policy=directory / "stale", reward_model=None)
+    learner.start_rl(policy=directory / "stale", reward_model=None, iterations=config.rounds.iterations)
     for publication in (old, new):
         with pytest.raises(RuntimeError, match="cannot be sent again: the policy has changed"):
             publication.stored()

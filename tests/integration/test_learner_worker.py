@@ -97,7 +97,7 @@ def test_two_ranks_learn_publish_and_resume(cluster: None, models: tuple[Path, P
     assert samples[0].prompt == "prompt 0"
     ray.get(ranks[0].write_rollouts.remote(tmp_path / "rollouts.parquet"), timeout=60)
     assert (tmp_path / "rollouts.parquet").exists()
-    status = ray.get(ranks[1].status.remote(), timeout=60)
+    status = status_of(ranks[1])
     assert (status["rank"], status["policy_version"]) == (1, 2)
 
     checkpoint = tmp_path / "checkpoint"
@@ -108,7 +108,7 @@ def test_two_ranks_learn_publish_and_resume(cluster: None, models: tuple[Path, P
         ray.kill(rank, no_restart=True)
     ranks = start(config, models, tmp_path)
     ray.get([rank.load.remote(checkpoint) for rank in ranks], timeout=60)
-    assert ray.get(ranks[0].status.remote(), timeout=60)["policy_version"] == 2
+    assert status_of(ranks[0])["policy_version"] == 2
     assert (learn(ranks, 1), publish(ranks, 3)[1]) == expected
     for rank in ranks:
         ray.kill(rank, no_restart=True)
@@ -130,3 +130,7 @@ def test_a_batch_that_cannot_be_learned_from_is_kept(cluster: None, models: tupl
     assert (tmp_path / "incidents" / "nonfinite-r001-i000000.parquet").exists()
     for rank in ranks:
         ray.kill(rank, no_restart=True)
+
+
+def status_of(worker: Any) -> dict[str, Any]:
+    return ray.get(worker.status.remote(), timeout=60)

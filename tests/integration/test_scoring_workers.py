@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,12 +159,12 @@ def test_scores_are_the_calibrated_logits(
     assert result.gold["gold"].tolist() == result.gold["again"].tolist() == lengths
     assert result.busy_s > 0
 
-    raw = ray.get(pool.raw_scores.remote(refs), timeout=60)
+    raw: Any = ray.get(pool.raw_scores.remote(refs), timeout=60)
     np.testing.assert_allclose(raw["reward_model"], logits, rtol=1e-5, atol=1e-5)
     turned = ray.get(pool.score.remote(refs[::-1])[0], timeout=60)
     assert turned.keys == result.keys[::-1]
     np.testing.assert_allclose(turned.scores[::-1], result.scores, rtol=1e-5, atol=1e-6)
-    assert ray.get(pool.status.remote(), timeout=60)["num_responses"] == 36
+    assert status_of(pool)["num_responses"] == 36
     ray.kill(pool)
 
 
@@ -184,7 +185,7 @@ def test_reference_logprobs_are_those_of_transformers(policy: Path, rollouts: li
         np.testing.assert_allclose(logprobs.logprobs[place], expected, atol=1e-5)
         kl = float((rollout.behavior_logprobs - expected).sum())
         assert summary.behavior_kl_nats[place] == pytest.approx(kl, abs=1e-4)
-    assert ray.get(pool.status.remote(), timeout=60)["models"] == {"reference": str(policy)}
+    assert status_of(pool)["models"] == {"reference": str(policy)}
     ray.kill(pool)
 
 
@@ -215,12 +216,12 @@ def test_a_new_reward_model_is_calibrated_before_it_scores(
     fresh = write_reward_model(tmp_path / "fresh", policy, seed=3, calibrated=False)
     pool = start(run_config(policy, rewards=rewards), policy, tmp_path, trained=fresh)
     refs = [RolloutRef(ray.put((rollout,)), 0) for rollout in rollouts]
-    assert ray.get(pool.status.remote(), timeout=60)["uncalibrated"] == ["reward_model", "length"]
+    assert status_of(pool)["uncalibrated"] == ["reward_model", "length"]
     with pytest.raises(RayTaskError) as caught:
         ray.get(pool.score.remote(refs)[0], timeout=60)
     assert isinstance(caught.value.cause, UserError)
 
-    raw = ray.get(pool.raw_scores.remote(refs), timeout=60)
+    raw: Any = ray.get(pool.raw_scores.remote(refs), timeout=60)
     found = {name: scoring.calibrate(scores) for name, scores in raw.items()}
     ray.get(pool.load.remote(calibrations=found), timeout=60)
     result = ray.get(pool.score.remote(refs)[0], timeout=60)
@@ -242,7 +243,7 @@ def test_a_reward_model_with_another_tokenizer_is_refused(policy: Path, tmp_path
     tiny_tokenizer(vocab=300).save_pretrained(directory)
     pool = start(run_config(policy), policy, tmp_path, trained=directory)
     with pytest.raises(ray.exceptions.RayActorError, match="another tokenizer"):
-        ray.get(pool.status.remote(), timeout=60)
+        status_of(pool)
 
 
 def test_models_of_the_wrong_kind_are_refused(policy: Path, tmp_path: Path) -> None:
@@ -272,3 +273,7 @@ def test_batch_mates_do_not_change_a_score(tied: bool, tmp_path: Path) -> None:
     whole = reference.logprobs([p for p, _ in halves], [r for _, r in halves])
     for (prompt, response), found in zip(halves, whole, strict=True):
         np.testing.assert_allclose(reference.logprobs([prompt], [response])[0], found, atol=1e-5)
+
+
+def status_of(worker: Any) -> dict[str, Any]:
+    return ray.get(worker.status.remote(), timeout=60)

@@ -127,8 +127,8 @@ def test_sft_lowers_the_loss_and_writes_a_policy(tmp_path: Path) -> None:
     assert found["heldout_perplexity"] == pytest.approx(np.exp(found["heldout_loss"]))
     assert reports[-1]["tokens_per_s"] > 0
     assert reports[0]["lr"] == pytest.approx(3e-3 * 10 / 20)  # half-way through the warm-up
-    model = AutoModelForCausalLM.from_pretrained(output)
-    tokenizer = load_tokenizer(output)
+    model: Any = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer: Any = load_tokenizer(output)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "how do i clean a copper pot ?"}],
         add_generation_prompt=True,
@@ -154,7 +154,7 @@ def test_the_loss_is_that_of_the_response_tokens_alone(tmp_path: Path) -> None:
     loss.backward()
     found = policy.network.model.embed_tokens.weight.grad.clone()
 
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
     total = torch.zeros(())
     for prompt, response in rows:
         ids = torch.from_numpy(np.concatenate([prompt, response])).long()[None]
@@ -224,17 +224,15 @@ def test_a_reward_model_learns_what_is_preferred(policy: Path, tmp_path: Path) -
     assert heldout["length_correlation"] > 0.5  # the preferred answers are the longer ones here
     assert json.loads((output / "reward_model_report.json").read_text()) == found
 
-    model = AutoModelForSequenceClassification.from_pretrained(output).eval()
+    model: Any = AutoModelForSequenceClassification.from_pretrained(output).eval()
     tokenizer = load_tokenizer(output)
     pairs = list(kindness(seed=99, count=40))
     with torch.no_grad():
-        gaps = [
-            np.subtract(
-                *(score(model, encode_pair(tokenizer, pair["prompt"], pair[side])) for side in ("chosen", "rejected"))
-            )
-            for pair in pairs
-        ]
-    assert np.mean(np.array(gaps) > 0) > 0.75
+        scores = {
+            side: np.array([score(model, encode_pair(tokenizer, pair["prompt"], pair[side])) for pair in pairs])
+            for side in ("chosen", "rejected")
+        }
+    assert np.mean(scores["chosen"] > scores["rejected"]) > 0.75
 
 
 def score(model: Any, sequence: TokenSequence) -> float:
