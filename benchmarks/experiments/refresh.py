@@ -116,7 +116,8 @@ def newest(directory: Path) -> str:
 
 def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Average over neighbouring iterations; a batch of 128 responses is noisy."""
-    return np.convolve(values, np.full(SMOOTHED_ITERATIONS, 1 / SMOOTHED_ITERATIONS), mode="valid")
+    weights = np.full(SMOOTHED_ITERATIONS, 1 / SMOOTHED_ITERATIONS)
+    return np.convolve(values, weights, mode="valid").astype(np.float64)
 
 
 def difference(results: Sequence[dict[str, Any]], figure: str) -> tuple[float, float, float]:
