@@ -56,6 +56,8 @@ class VLLMEngine:
         self._engine = _build(model_path, config, backend)
         self._num_added = 0
         self._failed = False
+        self.steps = 0
+        """Steps made since the engine was built."""
         eos = self._engine.get_tokenizer().eos_token_id
         if not isinstance(eos, int):
             raise ValueError(f"the tokenizer of {model_path} has no EOS token, so no response could end")
@@ -201,6 +203,7 @@ class VLLMEngine:
     def _step(self) -> list[tuple[str, RequestOutput]]:
         try:
             outputs = self._engine.step()
+            self.steps += 1
         except Exception as error:
             # In process, vLLM raises what broke rather than EngineDeadError; either way its state is lost.
             self._failed = True

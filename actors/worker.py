@@ -39,6 +39,8 @@ class WorkerStatus:
     pid: int
     node_id: str
     resident_bytes: int
+    engine_steps: int
+    """Steps that the engine has made since it was built; a worker whose count stands still gets nowhere."""
 
 
 class RolloutWorker:
@@ -179,6 +181,7 @@ class RolloutWorker:
             pid=os.getpid(),
             node_id=ray.get_runtime_context().get_node_id(),
             resident_bytes=psutil.Process().memory_info().rss,
+            engine_steps=self._engine.steps,
         )
 
     def _check_loaded(self, manifest: WeightManifest) -> int:

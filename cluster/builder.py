@@ -4,10 +4,11 @@ from actors import worker as rollout_worker
 from cluster import placement
 from cluster.learner_group import LearnerGroup
 from cluster.placement import Placement
-from cluster.pool import Handle
+from cluster.pool import Report
 from cluster.rollout_pool import RolloutPool
 from cluster.run_directory import RunDirectory
 from cluster.scoring_pool import ScoringPool
+from cluster.supervision import Handle
 from configs.rollout import RolloutConfig
 from configs.run import RunConfig
 from learner import worker as learner_worker
@@ -18,8 +19,9 @@ from reward_service import worker as scoring_worker
 class Builder:
     """Makes the workers of a run, each in its place."""
 
-    def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
+    def __init__(self, config: RunConfig, directory: RunDirectory, *, report: Report) -> None:
         self._config = config
+        self._report = report
         self._directory = directory
         self._placement: Placement | None = None
         self._nodes: dict[str, str] = {}
@@ -64,6 +66,7 @@ class Builder:
             make_reward=self._reward,
             make_reference=self._reference,
             replacements=config.cluster.worker_replacements,
+            report=self._report,
         )
         self._nodes |= rollouts.started() | scoring.started()
         write_json(self._directory.workers, self._nodes)
@@ -88,7 +91,7 @@ class Builder:
             )
 
         replacements = config.cluster.worker_replacements
-        return RolloutPool(rollout, config.cluster.deadlines, make=make, replacements=replacements)
+        return RolloutPool(rollout, config.cluster.deadlines, make=make, replacements=replacements, report=self._report)
 
     def _reward(self, index: int, name: str) -> Handle:
         config = self._config

@@ -42,6 +42,8 @@ _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 _ConfigArg = Annotated[str, typer.Argument(help="A YAML file, or a preset's name.", metavar="CONFIG")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print batch arithmetic and placement; start nothing.")]
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Show the workers' own logs too.")]
+_FAULT_HELP = """Make something go wrong, to see what becomes of it: ROLE-INDEX:STATE:ACT[@ITERATION], such as
+rollout-0:serving:kill@3. Roles are rollout, reward, reference, learner; acts kill, stop, pause=SECONDS."""
 _RunDir = Annotated[Path, typer.Argument(help="A run directory, such as runs/quickstart.", metavar="RUN")]
 _console = CONSOLE
 
@@ -124,15 +126,16 @@ def _overrides(context: typer.Context) -> list[str]:
     return result
 
 
-def _train(config: RunConfig, *, dry_run: bool, verbose: bool) -> None:
+def _train(config: RunConfig, *, dry_run: bool, verbose: bool, faults: Sequence[str] = ()) -> None:
     if dry_run:
         from cluster.plan import render
 
         _console.print(render(config))
         return
+    from cluster import faults as on_purpose
     from cluster.launch import train as run
 
-    run(config, _console, verbose=verbose)
+    run(config, _console, verbose=verbose, faults=[on_purpose.parse(text) for text in faults])
 
 
 @app.command(context_settings=_OVERRIDES)
@@ -149,14 +152,20 @@ def quickstart(context: typer.Context, dry_run: _DryRun = False, verbose: _Verbo
 
 
 @app.command(context_settings=_OVERRIDES)
-def train(context: typer.Context, config: _ConfigArg, dry_run: _DryRun = False, verbose: _Verbose = False) -> None:
+def train(
+    context: typer.Context,
+    config: _ConfigArg,
+    dry_run: _DryRun = False,
+    verbose: _Verbose = False,
+    fault: Annotated[list[str] | None, typer.Option(help=_FAULT_HELP, metavar="FAULT")] = None,
+) -> None:
     """Train CONFIG, or go on with it where its run directory stands.
 
     Any value can be set on the command line, as a.b=c or --a.b c.
 
     Example: rondo train quickstart algorithm.name=ppo rollout.workers=2 --dry-run
     """
-    _train(load(config, _overrides(context)), dry_run=dry_run, verbose=verbose)
+    _train(load(config, _overrides(context)), dry_run=dry_run, verbose=verbose, faults=fault or ())
 
 
 @app.command()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster.learner_group import LearnerGroup
+from cluster.pool import Member
 from cluster.rollout_pool import RolloutPool
 from cluster.run_directory import RunDirectory
 from cluster.scoring_pool import ScoringPool
@@ -95,6 +96,21 @@ class Crew:
             self.learner.finish_rl()
             self._optimising = None
 
+    def stop_learner(self) -> None:
+        """Stop all ranks; the next one who needs the learner starts them again. Rollout and scoring workers stay."""
+        if self._learner is not None:
+            self._learner.stop()
+        self._learner, self._optimising = None, None
+
+    def workers(self, role: str) -> list[Member]:
+        """List the workers of a role that have been started: rollout, reward, reference or learner."""
+        if role == "learner":
+            return [] if self._learner is None else list(self._learner.members)
+        if self._pools is None:
+            return []
+        rollouts, scoring = self._pools
+        return list({"rollout": rollouts, "reward": scoring.rewards, "reference": scoring.references}[role].members)
+
     @contextmanager
     def judging(self, model: str, config: RolloutConfig) -> Iterator[RolloutPool]:
         """Put engines of another model in the rollout workers' places, for as long as they are used."""
@@ -108,9 +124,7 @@ class Crew:
     def release(self) -> None:
         """Stop every worker and give the places back; the next one who needs workers starts them again."""
         self._stop_pools()
-        if self._learner is not None:
-            self._learner.stop()
-        self._learner, self._optimising = None, None
+        self.stop_learner()
         self._builder.release()
 
     def _stop_pools(self) -> None:

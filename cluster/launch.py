@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from cluster.builder import Builder
 from cluster.collection import Collection
 from cluster.crew import Crew
 from cluster.evaluation import Evaluation
+from cluster.faults import Fault, Injector
+from cluster.incident_log import IncidentLog
 from cluster.judging import labeler_of
 from cluster.progress import Progress
 from cluster.prompt_source import Prompts
@@ -39,17 +41,18 @@ from cluster.tracking import (
 )
 from configs.run import RunConfig
 from protocol import tokens
-from protocol.errors import UserError
+from protocol.errors import UserError, WorkersLostError
 from reward_service.preferences.store import PreferenceStore
 
 
-def train(config: RunConfig, console: Console, *, verbose: bool = False) -> RunDirectory:
+def train(config: RunConfig, console: Console, *, verbose: bool = False, faults: Sequence[Fault] = ()) -> RunDirectory:
     """Run a configuration to its end, from wherever its run directory stands.
 
     Args:
         config: The validated configuration.
         console: Where progress goes.
         verbose: Whether the workers' own logs are shown too.
+        faults: What shall go wrong, for tests of what becomes of it.
 
     Returns:
         The run's directory.
@@ -64,7 +67,7 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False) -> RunD
         if directory.finished.exists():
             console.print(f"{directory.root} is finished; nothing to do")
         else:
-            _run(config, directory, console, verbose=verbose)
+            _run(config, directory, console, verbose=verbose, faults=faults)
         show_result(directory, console)
         return directory
     except UserError:
@@ -75,7 +78,9 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False) -> RunD
         os.close(lock)
 
 
-def _run(config: RunConfig, directory: RunDirectory, console: Console, *, verbose: bool) -> None:
+def _run(
+    config: RunConfig, directory: RunDirectory, console: Console, *, verbose: bool, faults: Sequence[Fault]
+) -> None:
     progress = Progress(console, collects=lambda number: config.rounds.of(number).collect.comparisons > 0)
     if not directory.policy(0).exists():
         preflight.check(config)
@@ -86,11 +91,17 @@ def _run(config: RunConfig, directory: RunDirectory, console: Console, *, verbos
         with closing(PreferenceStore.open(store_url(config, directory))) as store:
             store.claim(run_directory.run_id(directory))
             stages = make_stages(config, directory, store, console, progress)
+            injector = Injector(faults, crew=stages.crew, state=lambda: stages.incidents.state, say=progress.say)
             try:
+                injector.start()
                 state = play(stages, config, stages.resume(), announce=progress.announce)
                 _finish(directory, state)
                 write_report(directory, config, store)
+            except WorkersLostError:
+                stages.save()
+                raise
             finally:
+                injector.stop()
                 stages.close()
     finally:
         ray.shutdown()
@@ -111,7 +122,8 @@ def make_stages(
     Returns:
         The stages; no worker is started before one is needed.
     """
-    crew = Crew(Builder(config, directory), directory)
+    incidents = IncidentLog(directory.incidents, say=progress.say)
+    crew = Crew(Builder(config, directory, report=incidents), directory)
     prompts = Prompts(config, directory)
     collection = Collection(
         config,
@@ -146,6 +158,7 @@ def make_stages(
         parts,
         open_sinks=lambda done: _sinks(config, directory, console, done=done),
         progress=progress,
+        incidents=incidents,
     )
 
 

@@ -1,16 +1,19 @@
 """The learner's ranks as one role: they start, learn, publish, save and stop together."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.pool import DeadlineError, Handle, node_of, wait
+from cluster.pool import Member
+from cluster.stacks import stacks_of
+from cluster.supervision import DeadlineError, Handle, Watch, first_line, wait
 from configs.run import RunConfig
+from protocol.errors import LearnerLostError, UserError
 from protocol.messages import RolloutKey, SampleText, UpdateReport
 from protocol.roles import Payload, Publication, ScoredReferences
 from protocol.weights import Rendezvous, WeightManifest
@@ -25,19 +28,26 @@ _POLL_S = 1.0
 
 
 class LearnerGroup:
-    """All ranks behind the Learner role. One rank's failure is the group's."""
+    """All ranks behind the Learner role. One rank's failure is the group's: every method may raise LearnerLostError."""
 
     def __init__(self, config: RunConfig, *, make: Callable[[int, str], Handle]) -> None:
         self._deadlines = config.cluster.deadlines
         self._transfer = config.rollout.weight_transfer
-        self._ranks = [make(rank, f"learner-{rank}") for rank in range(config.learner.workers)]
+        self._watch = Watch(silence_s=self._deadlines.silence_s)
+        names = [f"learner-{rank}" for rank in range(config.learner.workers)]
+        self.members = [Member(index=rank, name=name, handle=make(rank, name)) for rank, name in enumerate(names)]
+        self._ranks = [member.handle for member in self.members]
+        self.updates = 0
+        """Batches learned from."""
 
     def started(self) -> dict[str, str]:
         """Connect the ranks to each other, wait until they are, and say on which node each rank is."""
         [(address, port)] = self._on([self._ranks[0]], "start", "address")
         self._on(self._ranks, "start", "connect", address, port)
         states = self._on(self._ranks, "start", "status")
-        return {f"learner-{rank}": node_of(state) for rank, state in enumerate(states)}
+        for member, state in zip(self.members, states, strict=True):
+            member.met(state)
+        return {member.name: str(member.node_id) for member in self.members}
 
     def train_sft(self, output: Path, *, progress: Progress) -> dict[str, Any]:
         """Fine-tune the policy on demonstrations; rank 0 writes it to `output`."""
@@ -59,7 +69,9 @@ class LearnerGroup:
     def update(self, batch: ScoredReferences, *, round: int, iteration: int) -> UpdateReport:
         """Learn from a batch."""
         groups = [(list(group.rollouts), group.rewards, group.reference) for group in batch.groups]
-        return self._on(self._ranks, "learn", "update", groups, round=round, iteration=iteration)[0]
+        report: UpdateReport = self._on(self._ranks, "learn", "update", groups, round=round, iteration=iteration)[0]
+        self.updates += 1
+        return report
 
     def publish(self, *, policy_version: int) -> Publication:
         """Make a new version: collect references to its buckets as rank 0 gathers them, or announce a broadcast."""
@@ -69,22 +81,19 @@ class LearnerGroup:
             timeout_s = min(self._deadlines.publish_s, self._deadlines.learn_s) / 2
             manifest, rendezvous = self._on(self._ranks, "publish", "announce", policy_version, timeout_s=timeout_s)[0]
             broadcast = LearnerBroadcast(
-                self._ranks,
-                policy_version=policy_version,
-                rendezvous=rendezvous,
-                timeout_s=timeout_s,
-                publish_s=self._deadlines.publish_s,
+                self, policy_version=policy_version, rendezvous=rendezvous, timeout_s=timeout_s
             )
             return Publication(manifest=manifest, broadcast=broadcast)
-        refs = _streamed(self._ranks, "publish", policy_version, deadline_s=self._deadlines.publish_s)
-        manifest: WeightManifest = _closing(refs, deadline_s=self._deadlines.publish_s)
+        with self.one_fate("publishing"):
+            refs = self.streamed(self._ranks, "publish", policy_version)
+            manifest: WeightManifest = self.closing(refs)
         return Publication(manifest=manifest, buckets=tuple(refs[:-1]))
 
     def publish_stored(self, directory: Path, *, policy_version: int) -> Publication:
         """Collect references to the buckets of a policy that was exported before; rank 0 reads it alone."""
-        seconds = self._deadlines.publish_s
-        refs = _streamed(self._ranks[:1], "publish_stored", policy_version, directory, deadline_s=seconds)
-        manifest: WeightManifest = _closing(refs, deadline_s=seconds)
+        with self.one_fate("publishing"):
+            refs = self.streamed(self._ranks[:1], "publish_stored", policy_version, directory)
+            manifest: WeightManifest = self.closing(refs)
         return Publication(manifest=manifest, buckets=tuple(refs[:-1]))
 
     def samples(
@@ -114,25 +123,93 @@ class LearnerGroup:
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
 
+    def streamed(self, ranks: Sequence[Handle], method: str, version: int, *args: Any) -> list[Any]:
+        """Call a streaming method on ranks and collect the references that rank 0 yields."""
+        deadline = monotonic() + self._deadlines.publish_s
+        streams = [getattr(rank, method).remote(version, *args) for rank in ranks]
+        return [ref for stream in streams for ref in self._drained(stream, deadline=deadline, version=version)]
+
+    @contextmanager
+    def one_fate(self, what: str) -> Generator[None]:
+        """Tell a group that has lost a rank from a rank that raised an error of its own.
+
+        A rank whose peer died may be the first to complain, of a closed connection; so the others are looked at.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            lost = self._watch.lost(self.members)
+            if lost:
+                names = ", ".join(f"{member.name} ({first_line(cause)})" for member, cause in lost)
+                raise LearnerLostError(f"{what}: lost {names}", stacks=self._stacks()) from error
+            if isinstance(error, DeadlineError):
+                raise LearnerLostError(str(error), stacks=self._stacks()) from error
+            raise
+
+    def closing(self, refs: Sequence[Any]) -> Any:
+        """Fetch the last item of a publish: the small one that says that all is there, or why not."""
+        return self._waited(refs[-1:], "publish", "the end of a publish")[0]
+
+    def finished(self, refs: Sequence[Any], *, what: str) -> Any:
+        """Wait for all ranks' part of a publish, and return rank 0's result."""
+        with self.one_fate(what):
+            return self._waited(refs, "publish", what)[0]
+
+    def _stacks(self) -> dict[str, str]:
+        """See what every rank is doing: the one that hangs, and what the others wait for."""
+        found = {member.name: stacks_of(pid=member.pid, node_id=member.node_id) for member in self.members}
+        return {name: stacks for name, stacks in found.items() if stacks is not None}
+
+    def _drained(self, stream: Any, *, deadline: float, version: int) -> list[Any]:
+        """Collect the references that a rank's publish yields (none from ranks other than 0)."""
+        refs: list[Any] = []
+        while True:
+            left = max(0.0, deadline - monotonic())
+            ready, _ = ray.wait([stream], timeout=min(left, self._watch.quiet_s), fetch_local=False)
+            if not ready and monotonic() >= deadline:
+                raise DeadlineError(f"publishing version {version}: not finished within cluster.deadlines.publish_s")
+            if not ready:
+                self._watch.require_answers(self.members)
+                continue
+            try:
+                refs.append(next(stream))
+            except StopIteration:
+                return refs
+
     def _on(self, ranks: Sequence[Handle], deadline: str, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        refs = [getattr(rank, method).remote(*args, **kwargs) for rank in ranks]
-        key = f"{deadline}_s"
-        what = f"learner.{method} on {len(refs)} rank{'s' if len(refs) > 1 else ''}"
-        return wait(refs, deadline_s=getattr(self._deadlines, key), what=what, key=f"cluster.deadlines.{key}")
+        what = f"learner.{method} on {len(ranks)} rank{'s' if len(ranks) > 1 else ''}"
+        with self.one_fate(what):
+            refs = [getattr(rank, method).remote(*args, **kwargs) for rank in ranks]
+            return self._waited(refs, deadline, what)
+
+    def _waited(self, refs: Sequence[Any], deadline: str, what: str) -> list[Any]:
+        return wait(
+            refs,
+            deadline_s=getattr(self._deadlines, f"{deadline}_s"),
+            what=what,
+            key=f"cluster.deadlines.{deadline}_s",
+            watch=None if deadline == "start" else self._watch,
+            workers=self.members,
+        )
 
     def _watched(self, what: str, progress: Progress, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Run a long stage on all ranks and pass rank 0's progress on."""
-        refs = [getattr(rank, method).remote(*args, **kwargs) for rank in self._ranks]
         deadline = monotonic() + self._deadlines.stage_s
-        pending, failed = list(refs), False
-        while pending and not failed:
-            if monotonic() > deadline:
-                raise DeadlineError(f"{what}: not finished within cluster.deadlines.stage_s")
-            done, pending = ray.wait(pending, num_returns=len(pending), timeout=_POLL_S)
-            failed = any(_has_failed(ref) for ref in done)  # the others may wait for a dead rank for ever
-            if pending and not failed:
-                progress(what, ray.get(self._ranks[0].status.remote(), timeout=self._deadlines.start_s))
-        return wait(refs if not failed else done, deadline_s=_POLL_S, what=what, key="cluster.deadlines.stage_s")[0]
+        silence = {"deadline_s": self._deadlines.silence_s, "key": "cluster.deadlines.silence_s"}
+        with self.one_fate(what):
+            refs = [getattr(rank, method).remote(*args, **kwargs) for rank in self._ranks]
+            pending = list(refs)
+            while pending:
+                if monotonic() > deadline:
+                    raise DeadlineError(f"{what}: not finished within cluster.deadlines.stage_s")
+                done, pending = ray.wait(pending, num_returns=len(pending), timeout=_POLL_S)
+                wait(done, deadline_s=self._deadlines.silence_s, what=what, key="cluster.deadlines.stage_s")
+                if pending:
+                    states = wait([rank.status.remote() for rank in self._ranks], what=f"{what}: status", **silence)
+                    progress(what, states[0])
+            return wait(refs[:1], deadline_s=self._deadlines.silence_s, what=what, key="cluster.deadlines.stage_s")[0]
 
 
 class LearnerBroadcast:
@@ -140,77 +217,42 @@ class LearnerBroadcast:
 
     def __init__(
         self,
-        ranks: Sequence[Handle],
+        group: LearnerGroup,
         *,
         policy_version: int,
         rendezvous: Rendezvous,
         timeout_s: float,
-        publish_s: float,
     ) -> None:
         self.rendezvous = rendezvous
         self.timeout_s = timeout_s
-        self._ranks = ranks
+        self._group = group
         self._version = policy_version
-        self._publish_s = publish_s
         self._sending: list[Any] = []
         self._stored: tuple[Payload, ...] = ()
 
     def send(self, *, receivers: int) -> None:
         """Have all ranks gather, and rank 0 send to those that join."""
         self._sending = [
-            rank.broadcast.remote(self._version, receivers=receivers, timeout_s=self.timeout_s) for rank in self._ranks
+            member.handle.broadcast.remote(self._version, receivers=receivers, timeout_s=self.timeout_s)
+            for member in self._group.members
         ]
 
     def excuse(self, receivers: Sequence[int]) -> None:
         """Tell rank 0 to go on without these."""
-        self._ranks[0].excuse.remote(list(receivers))
+        self._group.members[0].handle.excuse.remote(list(receivers))
 
     def finish(self) -> None:
         """Wait until all ranks are through."""
-        what = f"learner.broadcast of version {self._version} on {len(self._ranks)} ranks"
-        key = "cluster.deadlines.publish_s"
-        failure = wait(self._sending, deadline_s=self._publish_s, what=what, key=key)[0]
+        failure = self._group.finished(self._sending, what=f"the broadcast of version {self._version}")
         if failure is not None:
             _LOG.warning("the broadcast of version %d did not reach everybody: %s", self._version, failure)
 
     def stored(self) -> tuple[Payload, ...]:
         """Gather the buckets once more, into the object store."""
         if not self._stored:
-            refs = _streamed(self._ranks, "buckets", self._version, deadline_s=self._publish_s)
-            _closing(refs, deadline_s=self._publish_s)
+            ranks = [member.handle for member in self._group.members]
+            with self._group.one_fate(f"publishing version {self._version} once more"):
+                refs = self._group.streamed(ranks, "buckets", self._version)
+                self._group.closing(refs)
             self._stored = tuple(refs[:-1])
         return self._stored
-
-
-def _has_failed(ref: Any) -> bool:
-    try:
-        ray.get(ref)
-    except (RayTaskError, RayActorError):
-        return True
-    return False
-
-
-def _streamed(ranks: Sequence[Handle], method: str, version: int, *args: Any, deadline_s: float) -> list[Any]:
-    """Call a streaming method on all ranks and collect the references that rank 0 yields."""
-    deadline = monotonic() + deadline_s
-    streams = [getattr(rank, method).remote(version, *args) for rank in ranks]
-    return [ref for stream in streams for ref in _drain(stream, deadline=deadline, version=version)]
-
-
-def _closing(refs: Sequence[Any], *, deadline_s: float) -> Any:
-    """Fetch the last item of a stream: the small one that says that all is there, or why not."""
-    [item] = wait(refs[-1:], deadline_s=deadline_s, what="the end of a publish", key="cluster.deadlines.publish_s")
-    return item
-
-
-def _drain(stream: Any, *, deadline: float, version: int) -> list[Any]:
-    """Collect the references that a rank's publish yields (none from ranks other than 0)."""
-    refs: list[Any] = []
-    while True:
-        ready, _ = ray.wait([stream], timeout=max(0.0, deadline - monotonic()), fetch_local=False)
-        if not ready:
-            raise DeadlineError(f"publishing version {version}: not finished within cluster.deadlines.publish_s")
-        try:
-            refs.append(next(stream))
-        except StopIteration:
-            return refs

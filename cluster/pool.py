@@ -1,23 +1,18 @@
-"""Supervised workers: started under a deadline, waited for by name, replaced when they fail."""
+"""Interchangeable workers: started under a deadline, and replaced when they fail."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from protocol.errors import UserError
+from cluster.stacks import stacks_of
+from cluster.supervision import Handle, SilentWorkerError, first_line, wait
+from protocol.errors import WorkersLostError
+from protocol.incidents import Incident
 
-Handle = Any
-
-
-class DeadlineError(RuntimeError):
-    """A wait took longer than the configuration allows; the message names what was waited for."""
-
-
-class WorkersLostError(RuntimeError):
-    """More workers failed than may be replaced."""
+Report = Callable[[Incident], None]
+"""Takes note of a fault."""
 
 
 @dataclass(slots=True)
@@ -27,58 +22,38 @@ class Member:
     index: int
     name: str
     handle: Handle
+    pid: int | None = None
+    node_id: str | None = None
+
+    def met(self, status: Any) -> None:
+        """Take note of where the worker is, from its first status."""
+        found = status_fields(status)
+        self.pid, self.node_id = found["pid"], found["node_id"]
 
 
-def wait(refs: Sequence[Any], *, deadline_s: float, what: str, key: str) -> list[Any]:
-    """Fetch results, or say what was waited for.
-
-    Args:
-        refs: Object references.
-        deadline_s: The bound on the whole wait.
-        what: What is being waited for, for the message.
-        key: The configuration key of the deadline.
-
-    Returns:
-        The values, in order.
-
-    Raises:
-        DeadlineError: If they are not all there in time.
-        Exception: What the worker raised, itself rather than wrapped.
-    """
-    try:
-        return ray.get(list(refs), timeout=deadline_s)
-    except GetTimeoutError:
-        _, late = ray.wait(list(refs), num_returns=len(refs), timeout=0)
-        raise DeadlineError(
-            f"{what}: {len(late)} of {len(refs)} did not answer within {key} = {deadline_s:g} s"
-        ) from None
-    except RayTaskError as error:
-        raise cause_of(error) from None
-
-
-def cause_of(error: RayTaskError) -> Exception:
-    """Unwrap what a worker raised; Ray's wrapper stays as its cause for `--traceback`."""
-    inner = getattr(error, "cause", None)
-    if isinstance(inner, UserError):
-        return inner
-    if isinstance(inner, Exception):
-        inner.__cause__ = error
-        return inner
-    return error
-
-
-def node_of(status: Any) -> str:
-    """Read the node from a worker's status."""
-    return status["node_id"] if isinstance(status, dict) else status.node_id
+def status_fields(status: Any) -> dict[str, Any]:
+    """Read what every worker's status says: where it runs, and what it is doing."""
+    return {n: status[n] if isinstance(status, dict) else getattr(status, n) for n in ("state", "pid", "node_id")}
 
 
 class Pool:
-    """Interchangeable workers. The subclass says what they do; this says that they are there."""
+    """Interchangeable workers. The subclass says what they do; this says that they are there.
 
-    def __init__(self, *, role: str, size: int, make: Callable[[int, str], Handle], replacements: int) -> None:
+    Args:
+        role: What they are called.
+        size: How many there are.
+        make: Starts a worker, given its place and its name.
+        replacements: How many lost workers may be replaced.
+        report: Takes note of lost workers.
+    """
+
+    def __init__(
+        self, *, role: str, size: int, make: Callable[[int, str], Handle], replacements: int, report: Report
+    ) -> None:
         self.role = role
         self._make = make
         self._replacements = replacements
+        self._report = report
         self._generation = 0
         self.members = [self._member(index) for index in range(size)]
 
@@ -93,33 +68,59 @@ class Pool:
         Returns:
             Worker name -> the id of its node.
         """
+        names = ", ".join(member.name for member in self.members)
         refs = [member.handle.status.remote() for member in self.members]
-        names = [member.name for member in self.members]
-        what = f"starting {', '.join(names)}"
-        states = wait(refs, deadline_s=deadline_s, what=what, key="cluster.deadlines.start_s")
-        return dict(zip(names, map(node_of, states), strict=True))
+        states = wait(refs, deadline_s=deadline_s, what=f"starting {names}", key="cluster.deadlines.start_s")
+        for member, status in zip(self.members, states, strict=True):
+            member.met(status)
+        return {member.name: str(member.node_id) for member in self.members}
 
     def replace(self, member: Member, *, cause: BaseException) -> Member:
-        """Put a new worker in a failed one's place.
+        """Put a new worker in a failed one's place. It begins to start; nobody waits for it here.
 
         Raises:
             WorkersLostError: If no replacement is left.
         """
-        if self._replacements <= 0:
+        silent = isinstance(cause, SilentWorkerError)
+        stacks = stacks_of(pid=member.pid, node_id=member.node_id) if silent else None
+        spent = self._replacements <= 0
+        if not spent:
+            self._replacements -= 1
+            self._generation += 1
+            ray.kill(member.handle, no_restart=True)
+            self.members[member.index] = self._member(member.index)
+        fresh = self.members[member.index]
+        self._report(
+            Incident(
+                kind="worker_silent" if silent else "worker_lost",
+                what=f"{member.name} is lost: {first_line(cause)}",
+                where=member.name,
+                cause=str(cause),
+                action="the run stops: cluster.worker_replacements is used up"
+                if spent
+                else f"{fresh.name} replaces it",
+                data={"pid": member.pid, "node_id": member.node_id} | ({"stacks": stacks} if stacks else {}),
+            )
+        )
+        if spent:
             raise WorkersLostError(
                 f"{member.name} failed and cluster.worker_replacements is used up; the cause was: {cause}"
             ) from cause
-        self._replacements -= 1
-        self._generation += 1
-        ray.kill(member.handle, no_restart=True)
-        self.members[member.index] = self._member(member.index)
-        return self.members[member.index]
+        return fresh
+
+    def holds(self, member: Member) -> bool:
+        """Say whether a worker still fills its place."""
+        return self.members[member.index] is member
+
+    def admit(self, fresh: Member, *, deadline_s: float) -> None:
+        """Wait until a replacement has started."""
+        what = f"starting {fresh.name}"
+        [status] = wait(
+            [fresh.handle.status.remote()], deadline_s=deadline_s, what=what, key="cluster.deadlines.start_s"
+        )
+        fresh.met(status)
 
     def stop(self) -> None:
         """Stop every worker."""
         for member in self.members:
             ray.kill(member.handle, no_restart=True)
-
-
-FAILURES = (RayActorError,)
-"""What a lost worker looks like to the driver, as opposed to a worker that raised an error of its own."""

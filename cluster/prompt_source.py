@@ -45,6 +45,10 @@ class Prompts:
             self._stream = PromptStream(self.training(), seed=self._config.run.seed)
         return self._stream
 
+    def rewind(self) -> None:
+        """Have the stream begin again, for whoever goes on from a run's beginning."""
+        self._stream = None
+
     def tokenizer(self) -> Any:
         """Return the policy's tokenizer."""
         if self._tokenizer is None:

@@ -3,17 +3,19 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
 from cluster import schedule
-from cluster.pool import FAILURES, DeadlineError, Handle, Member, Pool, cause_of, wait
+from cluster.generation import Generation
+from cluster.pool import Member, Pool, Report
+from cluster.supervision import FAILURES, DeadlineError, Handle, Watch, first_line, result_of, wait
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
 from protocol.messages import Rollout, RolloutMeta, RolloutRequest
-from protocol.roles import Broadcast, Finished, Payload, Publication, RolloutRef, resolve
+from protocol.roles import Broadcast, Finished, Publication, RolloutRef, resolve
 from protocol.weights import VersionProof, WeightManifest
 
 _LOG = logging.getLogger(__name__)
@@ -29,10 +31,12 @@ class RolloutPool:
         *,
         make: Callable[[int, str], Handle],
         replacements: int,
+        report: Report,
     ) -> None:
         self._config = config
         self._deadlines = deadlines
-        self._pool = Pool(role="rollout", size=config.workers, make=make, replacements=replacements)
+        self._watch = Watch(silence_s=deadlines.silence_s)
+        self._pool = Pool(role="rollout", size=config.workers, make=make, replacements=replacements, report=report)
         self._publication: Publication | None = None
 
     @property
@@ -46,38 +50,14 @@ class RolloutPool:
 
     def generate(self, requests: Sequence[RolloutRequest], *, policy_version: int) -> Iterator[Finished]:
         """Yield each response as it is finished; what a lost worker owed is asked of its replacement."""
-        deadline = monotonic() + self._deadlines.generate_s
         shares = schedule.shares(len(requests), workers=len(self._pool.members))
         owed = {
             member.index: {requests[i].key: requests[i] for i in share}
             for member, share in zip(self._pool.members, shares, strict=True)
         }
-        streams = {self._stream(m, owed[m.index], policy_version): m for m in self._pool.members if owed[m.index]}
-        while streams:
-            ready, _ = ray.wait(list(streams), timeout=max(0.0, deadline - monotonic()), fetch_local=False)
-            if not ready:
-                waiting = "; ".join(f"{m.name} owes {len(owed[m.index])} responses" for m in streams.values())
-                raise DeadlineError(f"generating: not finished within cluster.deadlines.generate_s: {waiting}")
-            stream: Any = ready[0]
-            member = streams[stream]
-            try:
-                taken = _take(stream, deadline=deadline, worker=member.name)
-            except FAILURES as error:
-                del streams[stream]
-                fresh = self._replace(member, error)
-                streams[self._stream(fresh, owed[member.index], policy_version)] = fresh
-                continue
-            except RayTaskError as error:
-                raise cause_of(error) from None
-            if taken is None:
-                del streams[stream]
-                continue
-            for place, meta in enumerate(taken.metas):
-                del owed[member.index][meta.key]
-                yield Finished(meta=meta, payload=RolloutRef(step=taken.payload, place=place))
-        lost = [str(key) for share in owed.values() for key in share]
-        if lost:
-            raise RuntimeError(f"the rollout workers ended without {len(lost)} responses, the first: {lost[0]}")
+        return Generation(self, self._watch, owed, policy_version=policy_version).responses(
+            deadline_s=self._deadlines.generate_s
+        )
 
     def load(self, publication: Publication) -> tuple[VersionProof, ...]:
         """Bring every worker to the published version and have each prove it."""
@@ -99,8 +79,36 @@ class RolloutPool:
         """Stop every worker."""
         self._pool.stop()
 
-    def _stream(self, member: Member, owed: dict[Any, RolloutRequest], policy_version: int) -> Any:
-        return member.handle.generate.remote(list(owed.values()), policy_version=policy_version)
+    def replace(self, member: Member, error: BaseException) -> tuple[Member, Any]:
+        """Put a new worker in a lost one's place, and have it load the current version as soon as it has started.
+
+        Returns:
+            The worker, and a reference that is ready when it may be admitted.
+        """
+        _LOG.warning("%s is lost (%s); starting a replacement", member.name, first_line(error))
+        fresh = self._pool.replace(member, cause=error)
+        if self._publication is None:  # it loads version 0 from the same directory as the others
+            return fresh, fresh.handle.status.remote()
+        return fresh, self._load(fresh.handle, self._publication)
+
+    def admit(self, fresh: Member, ref: Any) -> VersionProof | None:
+        """Let a replacement serve, once it has proven the current version.
+
+        Args:
+            fresh: The worker.
+            ref: What `replace` gave.
+
+        Returns:
+            Its proof; None if nothing has been published yet.
+        """
+        deadlines = self._deadlines
+        what, key = f"starting {fresh.name}", "cluster.deadlines.start_s + publish_s"
+        [found] = wait([ref], deadline_s=deadlines.start_s + deadlines.publish_s, what=what, key=key)
+        fresh.met(result_of(fresh.handle.status.remote()))
+        if self._publication is None:
+            return None
+        check_proof(found, self._publication.manifest, bound=self._config.logprob_gap_bound)
+        return found
 
     def _load(self, handle: Handle, publication: Publication) -> Any:
         timeout_s = self._deadlines.publish_s
@@ -140,13 +148,16 @@ class RolloutPool:
                 "%s is fenced, it could not prove version %d: %s",
                 member.name,
                 publication.manifest.policy_version,
-                _first_line(error),
+                first_line(error),
             )
             return self._refreshed(member, publication, error)
 
     def _judged(self, member: Member, ref: Any, manifest: WeightManifest) -> VersionProof:
         what = f"{member.name} loading version {manifest.policy_version}"
-        [proof] = wait([ref], deadline_s=self._deadlines.publish_s, what=what, key="cluster.deadlines.publish_s")
+        key = "cluster.deadlines.publish_s"
+        [proof] = wait(
+            [ref], deadline_s=self._deadlines.publish_s, what=what, key=key, watch=self._watch, workers=[member]
+        )
         check_proof(proof, manifest, bound=self._config.logprob_gap_bound)
         return proof
 
@@ -157,49 +168,9 @@ class RolloutPool:
                 return self._judged(member, self._load(member.handle, publication), publication.manifest)
             except Exception as error:  # noqa: BLE001 - likewise
                 first = error
-        fresh = self._pool.replace(member, cause=first)
-        return self._judged(fresh, self._load(fresh.handle, publication), publication.manifest)
-
-    def _replace(self, member: Member, error: BaseException) -> Member:
-        """Fill a lost worker's place and bring the new one to the current version before it serves."""
-        _LOG.warning("%s is lost (%s); starting a replacement", member.name, _first_line(error))
-        fresh = self._pool.replace(member, cause=error)
-        if self._publication is None:
-            return fresh  # it has loaded version 0 from the same directory as the others
-        self._judged(fresh, self._load(fresh.handle, self._publication), self._publication.manifest)
-        return fresh
-
-
-class _Step(NamedTuple):
-    """What one engine step finished."""
-
-    payload: Payload
-    metas: Sequence[RolloutMeta]
-
-
-def _take(stream: Any, *, deadline: float, worker: str) -> _Step | None:
-    """Read one step from a worker's stream: a payload, which is only passed on, and what the driver may know of it.
-
-    Returns:
-        The step, or None at the end of the stream.
-
-    Raises:
-        DeadlineError: If the worker stops between a payload and its description.
-        Exception: What the worker raised or died of; it comes in the place of an item and ends the stream.
-    """
-    try:
-        payload = next(stream)
-    except StopIteration:
-        return None
-    ready, _ = ray.wait([stream], timeout=max(0.0, deadline - monotonic()), fetch_local=False)
-    if not ready:
-        raise DeadlineError(f"generating: {worker} stopped in a step; cluster.deadlines.generate_s is over")
-    left_s = max(0.0, deadline - monotonic())
-    try:
-        return _Step(payload, ray.get(next(stream), timeout=left_s))
-    except StopIteration:
-        ray.get(payload, timeout=left_s)
-        raise RuntimeError(f"{worker}'s stream ended between a payload and its description") from None
+        proof = self.admit(*self.replace(member, first))
+        assert proof is not None  # this version has just been published
+        return proof
 
 
 class StaleProofError(RuntimeError):
@@ -234,10 +205,6 @@ def _is_lost(ref: Any) -> bool:
     except RayTaskError:
         return False  # it is alive, and has left the broadcast by itself
     return False
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def put(rollouts: Sequence[Rollout]) -> list[Finished]:

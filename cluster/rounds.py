@@ -7,6 +7,7 @@ from cluster import driver, schedule
 from cluster.driver import Roles
 from cluster.schedule import Phase, RunState
 from configs.run import RunConfig
+from protocol.errors import LearnerLostError
 from protocol.messages import IterationReport
 
 
@@ -61,6 +62,10 @@ class Stages(Protocol):
         """Make the beginning of a phase durable."""
         ...
 
+    def recover(self, error: LearnerLostError) -> RunState:
+        """Give the learner's ranks up, and say where the run goes on: at what is durable."""
+        ...
+
 
 def play(stages: Stages, config: RunConfig, state: RunState, *, announce: Callable[[RunState], None]) -> RunState:
     """Run all phases that are left.
@@ -69,11 +74,14 @@ def play(stages: Stages, config: RunConfig, state: RunState, *, announce: Callab
     """
     while state.phase is not Phase.DONE:
         announce(state)
-        if state.phase is Phase.OPTIMISE:
-            state = _optimise(stages, config, state)
-        else:
-            state = schedule.after(carry_out(stages, state), config)
-        stages.reached(state)
+        try:
+            if state.phase is Phase.OPTIMISE:
+                state = _optimise(stages, config, state)
+            else:
+                state = schedule.after(carry_out(stages, state), config)
+            stages.reached(state)
+        except LearnerLostError as error:
+            state = stages.recover(error)
     announce(state)
     return state
 

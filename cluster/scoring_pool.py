@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster import schedule
-from cluster.pool import Handle, Pool, wait
+from cluster.pool import Member, Pool, Report
+from cluster.supervision import FAILURES, Handle, Watch, wait
 from configs.cluster import DeadlinesConfig
 from configs.scoring import HELDOUT, ModelRewardConfig, ScoringConfig
 from protocol import metrics as names
@@ -17,12 +18,19 @@ from protocol.records import Text
 from protocol.roles import Finished, ScoredGroup, ScoredReferences, ScoringSummary
 
 
-class _Sent(NamedTuple):
-    """References to what the workers say about a group: for the driver, and for the learner."""
+class _Rewards(NamedTuple):
+    """References to what a reward worker says about a group: for the driver, and for the learner."""
 
+    worker: Member
     report: Any
     scores: Any
-    summary: Any
+
+
+class _Reference(NamedTuple):
+    """References to what a reference worker says about a group: likewise."""
+
+    worker: Member
+    report: Any
     logprobs: Any
 
 
@@ -37,17 +45,21 @@ class ScoringPool:
         make_reward: Callable[[int, str], Handle],
         make_reference: Callable[[int, str], Handle],
         replacements: int,
+        report: Report,
     ) -> None:
         self._config = config
         self._deadlines = deadlines
-        self.rewards = Pool(role="reward", size=config.workers, make=make_reward, replacements=replacements)
-        self.references = Pool(
-            role="reference", size=config.reference_workers, make=make_reference, replacements=replacements
-        )
+        self._watch = Watch(silence_s=deadlines.silence_s)
+        supervised: dict[str, Any] = {"replacements": replacements, "report": report}
+        self.rewards = Pool(role="reward", size=config.workers, make=make_reward, **supervised)
+        self.references = Pool(role="reference", size=config.reference_workers, make=make_reference, **supervised)
+        self._loaded: dict[str, Any] = {}
+        """What every reward worker has loaded since it started; a replacement loads it too."""
         self._groups: tuple[tuple[RolloutKey, ...], ...] = ()
         self._group_of: dict[RolloutKey, int] = {}
         self._arrived: list[dict[RolloutKey, Finished]] = []
-        self._sent: dict[int, _Sent] = {}
+        self._rewards: dict[int, _Rewards] = {}
+        self._references: dict[int, _Reference] = {}
 
     @property
     def _trained(self) -> str | None:
@@ -65,29 +77,30 @@ class ScoringPool:
         self._groups = schedule.groups(keys, size=self._config.group_responses)
         self._group_of = {key: index for index, group in enumerate(self._groups) for key in group}
         self._arrived = [{} for _ in self._groups]
-        self._sent = {}
+        self._rewards, self._references = {}, {}
 
     def add(self, finished: Finished) -> None:
         """Take a response; send its group off when it is the group's last."""
         index = self._group_of[finished.meta.key]
         self._arrived[index][finished.meta.key] = finished
         if len(self._arrived[index]) == len(self._groups[index]):
-            self._send(index)
+            self._rewards[index] = self._ask_rewards(index)
+            self._references[index] = self._ask_reference(index)
 
     def collect(self) -> ScoredReferences:
-        """Wait for all groups, in key order."""
-        missing = [str(key) for i, group in enumerate(self._groups) if i not in self._sent for key in group]
+        """Wait for all groups, in key order; what a lost worker owed is asked of its replacement."""
+        missing = [str(key) for i, group in enumerate(self._groups) if i not in self._rewards for key in group]
         if missing:
             raise RuntimeError(f"{len(missing)} responses were never handed over for scoring, such as {missing[0]}")
         order = range(len(self._groups))
-        rewards: list[RewardScores] = self._wait([self._sent[i].report for i in order], "reward scores")
-        references: list[ReferenceSummary] = self._wait([self._sent[i].summary for i in order], "reference log-probs")
+        rewards: list[RewardScores] = [self._rewarded(i) for i in order]
+        references: list[ReferenceSummary] = [self._referred(i) for i in order]
         scored = tuple(
             ScoredGroup(
                 metas=tuple(self._arrived[i][key].meta for key in self._groups[i]),
                 rollouts=tuple(self._arrived[i][key].payload for key in self._groups[i]),
-                rewards=self._sent[i].scores,
-                reference=self._sent[i].logprobs,
+                rewards=self._rewards[i].scores,
+                reference=self._references[i].logprobs,
             )
             for i in order
         )
@@ -104,9 +117,11 @@ class ScoringPool:
         """
         size = self._config.group_responses
         parts = [payloads[start : start + size] for start in range(0, len(payloads), size)]
-        workers = [member.handle for member in self.rewards.members]
-        refs = [workers[i % len(workers)].raw_scores.remote(list(part)) for i, part in enumerate(parts)]
-        scored: list[dict[str, NDArray[np.float32]]] = self._wait(refs, "raw scores")
+
+        def ask() -> list[Any]:
+            return [self._turn(i).raw_scores.remote(list(part)) for i, part in enumerate(parts)]
+
+        scored: list[dict[str, NDArray[np.float32]]] = self._answers(ask, "raw scores")
         return {name: np.concatenate([part[name] for part in scored]) for name in scored[0]}
 
     def score_texts(self, path: str, prompts: Sequence[Text], responses: Sequence[str]) -> NDArray[np.float32]:
@@ -121,39 +136,97 @@ class ScoringPool:
             [B] scores, in the order given.
         """
         size = self._config.group_responses
-        workers = [member.handle for member in self.rewards.members]
-        refs = [
-            workers[n % len(workers)].score_texts.remote(path, prompts[at : at + size], responses[at : at + size])
-            for n, at in enumerate(range(0, len(prompts), size))
-        ]
-        return np.concatenate(self._wait(refs, "scores for labels"))
+
+        def ask() -> list[Any]:
+            return [
+                self._turn(n).score_texts.remote(path, prompts[at : at + size], responses[at : at + size])
+                for n, at in enumerate(range(0, len(prompts), size))
+            ]
+
+        return np.concatenate(self._answers(ask, "scores for labels"))
 
     def load(self, *, trained: Path | None, heldout: Path | None) -> None:
         """Give every reward worker a round's reward models."""
-        refs = [member.handle.load.remote(trained=trained, heldout=heldout) for member in self.rewards.members]
-        self._wait(refs, "loading reward models")
+        self._loaded = {"trained": trained, "heldout": heldout}
+        self._tell(self._loaded, "loading reward models")
 
     def use(self, calibrations: Mapping[str, Any]) -> None:
         """Give every reward worker the zero and unit of its components."""
-        refs = [member.handle.load.remote(calibrations=calibrations) for member in self.rewards.members]
-        self._wait(refs, "setting calibrations")
+        self._loaded["calibrations"] = calibrations
+        self._tell({"calibrations": calibrations}, "setting calibrations")
 
     def stop(self) -> None:
         """Stop every worker."""
         self.rewards.stop()
         self.references.stop()
 
-    def _send(self, index: int) -> None:
-        """Which worker scores a group depends on the group's number alone."""
-        payloads = [self._arrived[index][key].payload for key in self._groups[index]]
-        reward = self.rewards.members[index % len(self.rewards.members)].handle
-        reference = self.references.members[index % len(self.references.members)].handle
-        summary, logprobs = reference.logprobs.remote(payloads)
-        report, scores = reward.score.remote(payloads)  # the report has the gold scores, what the learner gets has not
-        self._sent[index] = _Sent(report=report, scores=scores, summary=summary, logprobs=logprobs)
+    def _turn(self, number: int) -> Handle:
+        """Deal work out in turn: which worker gets it depends on its number alone."""
+        return self.rewards.members[number % len(self.rewards.members)].handle
 
-    def _wait(self, refs: list[Any], what: str) -> list[Any]:
-        return wait(refs, deadline_s=self._deadlines.score_s, what=what, key="cluster.deadlines.score_s")
+    def _payloads(self, index: int) -> list[Any]:
+        return [self._arrived[index][key].payload for key in self._groups[index]]
+
+    def _ask_rewards(self, index: int) -> _Rewards:
+        """Send a group to a reward worker; which one depends on the group's number alone."""
+        worker = self.rewards.members[index % len(self.rewards.members)]
+        # The report has the gold scores, what the learner gets has not.
+        report, scores = worker.handle.score.remote(self._payloads(index))
+        return _Rewards(worker=worker, report=report, scores=scores)
+
+    def _ask_reference(self, index: int) -> _Reference:
+        worker = self.references.members[index % len(self.references.members)]
+        report, logprobs = worker.handle.logprobs.remote(self._payloads(index))
+        return _Reference(worker=worker, report=report, logprobs=logprobs)
+
+    def _rewarded(self, index: int) -> RewardScores:
+        while True:
+            sent = self._rewards[index]
+            try:
+                return self._wait([sent.report], "reward scores", [sent.worker])[0]
+            except FAILURES as error:
+                if self.rewards.holds(sent.worker):  # else another of its groups has seen to that
+                    self._replace_reward_worker(sent.worker, error)
+                self._rewards[index] = self._ask_rewards(index)
+
+    def _referred(self, index: int) -> ReferenceSummary:
+        while True:
+            sent = self._references[index]
+            try:
+                return self._wait([sent.report], "reference log-probs", [sent.worker])[0]
+            except FAILURES as error:
+                if self.references.holds(sent.worker):
+                    fresh = self.references.replace(sent.worker, cause=error)
+                    self.references.admit(fresh, deadline_s=self._deadlines.start_s)
+                self._references[index] = self._ask_reference(index)
+
+    def _replace_reward_worker(self, lost: Member, error: BaseException) -> None:
+        fresh = self.rewards.replace(lost, cause=error)
+        self.rewards.admit(fresh, deadline_s=self._deadlines.start_s)
+        self._wait([fresh.handle.load.remote(**self._loaded)], f"loading {fresh.name}", [fresh])
+
+    def _tell(self, what: Mapping[str, Any], why: str) -> None:
+        """Have every reward worker load something."""
+        self._answers(lambda: [member.handle.load.remote(**what) for member in self.rewards.members], why)
+
+    def _answers(self, ask: Callable[[], list[Any]], what: str) -> list[Any]:
+        """Ask reward workers something; where one is lost meanwhile, replace it and ask again."""
+        while True:
+            try:
+                return self._wait(ask(), what, self.rewards.members)
+            except FAILURES:
+                for member, error in self._watch.lost(self.rewards.members):
+                    self._replace_reward_worker(member, error)
+
+    def _wait(self, refs: list[Any], what: str, workers: Sequence[Member]) -> list[Any]:
+        return wait(
+            refs,
+            deadline_s=self._deadlines.score_s,
+            what=what,
+            key="cluster.deadlines.score_s",
+            watch=self._watch,
+            workers=workers,
+        )
 
 
 def summarise(

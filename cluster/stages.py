@@ -16,6 +16,7 @@ from cluster.collection import Collection
 from cluster.crew import Crew
 from cluster.driver import Roles
 from cluster.evaluation import Evaluation
+from cluster.incident_log import IncidentLog
 from cluster.learner_group import Progress
 from cluster.lineage import Artefact
 from cluster.prompts import PromptStream
@@ -29,8 +30,9 @@ from cluster.tracking import Sinks
 from configs.load import config_hash
 from configs.run import RunConfig
 from protocol import metrics as names
-from protocol.errors import UserError
+from protocol.errors import LearnerLostError, UserError
 from protocol.files import write_json
+from protocol.incidents import Incident
 from protocol.messages import IterationReport, Prompt, RoundReport
 
 _LOG = logging.getLogger(__name__)
@@ -49,6 +51,10 @@ class PromptSource(Protocol):
 
     def stream(self) -> PromptStream:
         """The stream that the iterations take from."""
+        ...
+
+    def rewind(self) -> None:
+        """Have the stream begin again."""
         ...
 
     def tokenizer(self) -> Any:
@@ -72,6 +78,15 @@ class Parts:
     """Makes the ladder's keeper, given how a version is evaluated."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Standstill:
+    """The end of an iteration that has no checkpoint: what one would hold, as long as the learner has not moved on."""
+
+    state: RunState
+    prompts: dict[str, Any]
+    updates: int
+
+
 class RunStages:
     """Everything a run does besides its iterations.
 
@@ -81,6 +96,7 @@ class RunStages:
         parts: What it is put together from.
         open_sinks: Opens the metric sinks, given the iterations that stand.
         progress: Shows the figures of a running stage.
+        incidents: Keeps what went wrong.
     """
 
     def __init__(
@@ -91,16 +107,20 @@ class RunStages:
         *,
         open_sinks: Callable[[int], Sinks],
         progress: Progress,
+        incidents: IncidentLog,
     ) -> None:
         self.config = config
         self.directory = directory
-        self._crew = parts.crew
+        self.crew = parts.crew
         self._collection = parts.collection
         self._refresh = parts.refresh
         self._prompts = parts.prompts
         self._ranking = parts.make_ranking(self._evaluated)
         self._open_sinks = open_sinks
         self._progress = progress
+        self.incidents = incidents
+        self._restarts_left = config.cluster.learner_restarts
+        self._standstill: _Standstill | None = None
         self._resumed: checkpoint.Checkpoint | None = None
         self._sinks: Sinks | None = None
         self._history: list[dict[str, float]] = []
@@ -136,12 +156,44 @@ class RunStages:
                 next_step="restore one from a copy, or move the run directory away to start again",
             )
         self._state = state
+        self.incidents.at(state)
         return state
+
+    def recover(self, error: LearnerLostError) -> RunState:
+        """Give the learner's ranks up, and go on where a new process would: at what is durable."""
+        spent = self._restarts_left <= 0
+        action = "all ranks start again, from the last checkpoint"
+        self.incidents(
+            Incident(
+                kind="learner_lost",
+                what=str(error),
+                where="learner",
+                cause=str(error.__cause__ or ""),
+                action="the run stops: cluster.learner_restarts is used up" if spent else action,
+                data={"stacks": error.stacks},
+            )
+        )
+        if spent:
+            raise error
+        self._restarts_left -= 1
+        self.crew.stop_learner()
+        self._close_sinks()
+        self._prompts.rewind()
+        self._standstill = None
+        return self.resume()
+
+    def save(self) -> None:
+        """Commit what stands, if the learner is exactly there: for a run that must stop between two checkpoints."""
+        last = self._standstill
+        if last is not None and self.crew.learner.updates == last.updates:
+            self._commit(last.state, prompts=last.prompts)
+            _LOG.warning("checkpoint after iteration %d of round %d", last.state.iteration, last.state.round)
 
     def reached(self, state: RunState) -> None:
         """Make the beginning of a phase durable."""
         write_json(self.directory.state, state.to_json())
         self._state = state
+        self.incidents.at(state)
 
     def sft(self) -> None:
         """Train the supervised policy, or keep the one that is there."""
@@ -149,7 +201,7 @@ class RunStages:
         if output.exists():
             _LOG.info("keeping the supervised policy in %s", output)
         else:
-            self._crew.learner.train_sft(output, progress=self._progress)
+            self.crew.learner.train_sft(output, progress=self._progress)
         self._note_policy(0, round=0, parents=())
 
     def collect(self, state: RunState) -> None:
@@ -187,11 +239,11 @@ class RunStages:
         """
         scoring = self._scoring(state)
         stream = self._start_learning(state)
-        self._crew.publish(state.policy_version)
+        self.crew.publish(state.policy_version)
         if self._sinks is None:
             self._sinks = self._open_sinks(self._standing_iterations(state))
         self._history = self._standing(state)
-        return Roles(rollouts=self._crew.rollouts, scoring=scoring, learner=self._crew.learner, prompts=stream)
+        return Roles(rollouts=self.crew.rollouts, scoring=scoring, learner=self.crew.learner, prompts=stream)
 
     def alarm(self, report: IterationReport) -> str | None:
         """Judge an iteration by the round's guards."""
@@ -204,28 +256,33 @@ class RunStages:
     def iterated(self, report: IterationReport, state: RunState) -> None:
         """Log an iteration and commit a checkpoint where one is due."""
         assert self._sinks is not None
-        self._crew.holds(state.policy_version)
+        self.crew.holds(state.policy_version)
         self._sinks.write(report)
         if self.config.tracking.save_rollouts:
             self.directory.rollouts.mkdir(exist_ok=True)
-            self._crew.learner.write_rollouts(self.directory.rollouts / f"v{report.policy_version - 1:05d}.parquet")
+            self.crew.learner.write_rollouts(self.directory.rollouts / f"v{report.policy_version - 1:05d}.parquet")
+        prompts = self._prompts.stream().state_dict()
         if schedule.checkpoint_is_due(state, self.config):
-            self._commit(state)
+            self._commit(state, prompts=prompts)
+            self._standstill = None
+        else:
+            self._standstill = _Standstill(state, prompts, updates=self.crew.learner.updates)
+        self.incidents.at(state)
 
     def evaluate(self, state: RunState) -> None:
         """Export the policy that the round ends with, and compare it with the supervised one."""
         output = self.directory.policy(state.policy_version)
         if not output.exists():
-            if not self._crew.optimises(state.round):
+            if not self.crew.optimises(state.round):
                 self._start_learning(state)
-            self._crew.learner.export(output, card=self._card(state))
+            self.crew.learner.export(output, card=self._card(state))
         start = schedule.named_version(self.config.rounds.of(state.round).init_policy, state)
         parents = [f"policies/v{start:03d}"]
         if state.reward_version is not None:
             parents.append(f"reward_models/v{state.reward_version:03d}")
         data = {"iterations": state.iteration} | ({} if state.alarm is None else {"stopped": state.alarm})
         self._note_policy(state.policy_version, round=state.round, parents=tuple(parents), data=data)
-        self._crew.finish_rl()
+        self.crew.finish_rl()
         if not self._prompts.held_out():
             return
         before, after = self._evaluated(0), self._evaluated(state.policy_version)
@@ -253,15 +310,19 @@ class RunStages:
 
     def close(self) -> None:
         """Stop all workers and finish all files."""
+        self._close_sinks()
+        self.crew.release()
+
+    def _close_sinks(self) -> None:
         if self._sinks is not None:
             self._sinks.__exit__(None, None, None)
-        self._crew.release()
+            self._sinks = None
 
     def _calibrated(self, state: RunState) -> dict[str, dict[str, Any]]:
         """Score the reference samples, which are sampled once in a run, with this round's reward models."""
         path = self.directory.reference_samples
         if not path.exists():
-            rollouts = self._crew.sampling(0)
+            rollouts = self.crew.sampling(0)
             training = self._prompts.training()
             count = min(self.config.scoring.calibration_responses, len(training))
             prompts = PromptStream(training, seed=self.config.run.seed + 1).take(count)
@@ -277,8 +338,8 @@ class RunStages:
 
     def _load_reward_models(self, state: RunState) -> ScoringPool:
         """Have the scoring workers hold this round's reward models."""
-        workers = self._crew.scoring
-        wanted = (self._crew.generation, state.reward_version)
+        workers = self.crew.scoring
+        wanted = (self.crew.generation, state.reward_version)
         if self._loaded != wanted and state.reward_version is not None:
             workers.load(
                 trained=self.directory.reward_model(state.reward_version),
@@ -290,7 +351,7 @@ class RunStages:
     def _scoring(self, state: RunState) -> ScoringPool:
         """Have the scoring workers use this round's reward models and their constants."""
         workers = self._load_reward_models(state)
-        wanted = (self._crew.generation, state.round)
+        wanted = (self.crew.generation, state.round)
         if self._calibrated_for != wanted:
             workers.use(calibration.parse(json.loads(self.directory.calibrations(state.round).read_text())))
             self._calibrated_for = wanted
@@ -302,20 +363,20 @@ class RunStages:
         plan = self.config.rounds.of(state.round)
         start = schedule.named_version(plan.init_policy, state)
         scored = None if state.reward_version is None else self.directory.reward_model(state.reward_version)
-        self._crew.start_rl(
+        self.crew.start_rl(
             state.round, policy=self.directory.policy(start), reward_model=scored, iterations=plan.iterations
         )
         stream = self._prompts.stream()
         if self._resumed is not None:
             stream.load_state_dict(self._resumed.driver["prompts"])
             if self._resumed.driver["state"]["round"] == state.round:
-                self._crew.learner.load(self._resumed.directory / "learner")
+                self.crew.learner.load(self._resumed.directory / "learner")
         return stream
 
     def _responses(self, version: int) -> list[Any]:
         path = self.directory.evaluation_of(version)
         if not path.exists():
-            rollouts = self._crew.sampling(version)
+            rollouts = self.crew.sampling(version)
             finished = evaluation.sample(rollouts, self._prompts.held_out(), self.config, policy_version=version)
             samples.write(path, rollouts.fetch(finished))
         return put(samples.read(path))
@@ -349,16 +410,16 @@ class RunStages:
         artefact = Artefact(name=name, kind="policy", round=round, config=config, parents=parents, data=data or {})
         lineage.note(self.directory.lineage, artefact)
 
-    def _commit(self, state: RunState) -> None:
+    def _commit(self, state: RunState, *, prompts: dict[str, Any]) -> None:
         def write_parts(staging: Path) -> None:
             (staging / "learner").mkdir()
-            self._crew.learner.save(staging / "learner")
+            self.crew.learner.save(staging / "learner")
 
         root = self.directory.checkpoints
         self._resumed = checkpoint.commit(
             root,
             f"r{state.round:03d}-i{state.iteration:06d}",
-            driver={"state": state.to_json(), "prompts": self._prompts.stream().state_dict()},
+            driver={"state": state.to_json(), "prompts": prompts},
             config_hash=config_hash(self.config),
             write_parts=write_parts,
         )

@@ -28,6 +28,8 @@ class DeadlinesConfig(Section):
     """Until the cluster has granted all placement groups."""
     start_s: PositiveFloat = 600.0
     """Until a worker has loaded its model."""
+    silence_s: PositiveFloat = 120.0
+    """A worker that owes something and neither delivers nor answers for so long is taken for lost and replaced."""
     generate_s: PositiveFloat = 1800.0
     score_s: PositiveFloat = 600.0
     stage_s: PositiveFloat = 259_200.0
@@ -47,7 +49,8 @@ class ClusterConfig(Section):
     placement: PlacementConfig = PlacementConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
     worker_replacements: NonNegativeInt = 3
-    """How many failed rollout workers may be replaced during a run. A failed scoring worker or learner rank ends the
-    run; the same command goes on from its last checkpoint."""
+    """How many lost workers of each kind (rollout, reward, reference) may be replaced while this command runs."""
+    learner_restarts: NonNegativeInt = 3
+    """How often the learner's ranks may be started again, all together, from the last checkpoint."""
     checkpoint_period_iterations: PositiveInt = 20
     checkpoints_kept: PositiveInt = 2

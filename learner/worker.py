@@ -5,7 +5,8 @@ rank never restarts alone: when one fails the whole group is started again from 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,19 +86,23 @@ class LearnerRank:
 
     def train_sft(self, output: Path) -> dict[str, Any]:
         """Fine-tune the policy on demonstrations; rank 0 writes it to `output`."""
-        return self._do("sft").train_sft(output=output)
+        with self._does("sft") as rank:
+            return rank.train_sft(output=output)
 
     def train_reward_model(self, job: "RewardModelJob") -> dict[str, Any]:
         """Train a reward model on comparisons; rank 0 writes it."""
-        return self._do("reward model").train_reward_model(job)
+        with self._does("reward model") as rank:
+            return rank.train_reward_model(job)
 
     def start_rl(self, *, policy: Path, reward_model: Path | None, iterations: int) -> None:
         """Build the engines of policy and critic."""
-        self._do("start").start_rl(policy=policy, reward_model=reward_model, iterations=iterations)
+        with self._does("start") as rank:
+            rank.start_rl(policy=policy, reward_model=reward_model, iterations=iterations)
 
     def finish_rl(self) -> None:
         """Give up the engines of policy and critic."""
-        self._do("finish").finish_rl()
+        with self._does("finish") as rank:
+            rank.finish_rl()
 
     def update(self, groups: Sequence[GroupReferences], *, round: int, iteration: int) -> UpdateReport:
         """Learn from scored groups, fetched in key order.
@@ -106,25 +111,27 @@ class LearnerRank:
             ray.exceptions.GetTimeoutError: If a reference does not come within `cluster.deadlines.score_s`.
             NonFiniteError: If a number is not finite.
         """
-        rank = self._do("update")
         timeout_s = self._config.cluster.deadlines.score_s
-        # One call fetches everything; rollouts that one engine step finished lie in one object.
-        steps = dict.fromkeys(ref.step for rollouts, _, _ in groups for ref in rollouts)
-        scores = [ref for _, rewards, reference in groups for ref in (rewards, reference)]
-        found = dict(zip([*steps, *scores], ray.get([*steps, *scores], timeout=timeout_s), strict=True))
-        fetched = [
-            (resolve(rollouts, lambda refs: [found[ref] for ref in refs]), found[rewards], found[reference])
-            for rollouts, rewards, reference in groups
-        ]
-        return rank.update(fetched, round=round, iteration=iteration)
+        with self._does("update") as rank:
+            # One call fetches everything; rollouts that one engine step finished lie in one object.
+            steps = dict.fromkeys(ref.step for rollouts, _, _ in groups for ref in rollouts)
+            scores = [ref for _, rewards, reference in groups for ref in (rewards, reference)]
+            found = dict(zip([*steps, *scores], ray.get([*steps, *scores], timeout=timeout_s), strict=True))
+            fetched = [
+                (resolve(rollouts, lambda refs: [found[ref] for ref in refs]), found[rewards], found[reference])
+                for rollouts, rewards, reference in groups
+            ]
+            return rank.update(fetched, round=round, iteration=iteration)
 
     def publish(self, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
         """Yield the buckets of a new version and then its manifest, on rank 0; nothing elsewhere."""
-        yield from self._do("publish").publish(policy_version)
+        with self._does("publish") as rank:
+            yield from rank.publish(policy_version)
 
     def publish_stored(self, policy_version: int, directory: Path) -> Iterator[ByteArray | WeightManifest]:
         """Yield the buckets and the manifest of an exported policy, on rank 0; nothing elsewhere."""
-        yield from self._do("publish").publish_stored(policy_version, directory)
+        with self._does("publish") as rank:
+            yield from rank.publish_stored(policy_version, directory)
 
     def announce(self, policy_version: int, *, timeout_s: float) -> tuple[WeightManifest, Rendezvous] | None:
         """Publish a new version that will be broadcast.
@@ -136,7 +143,8 @@ class LearnerRank:
         Returns:
             The manifest, and where receivers join, on rank 0; None elsewhere.
         """
-        manifest = self._do("publish").announce(policy_version)
+        with self._does("publish") as rank:
+            manifest = rank.announce(policy_version)
         if manifest is None:
             return None
         # The driver imports this module to describe the actor; torch takes seconds.
@@ -158,7 +166,8 @@ class LearnerRank:
         """
         meeting = self._meeting
         try:
-            return self._do("broadcast").broadcast(policy_version, meeting, receivers=receivers, timeout_s=timeout_s)
+            with self._does("broadcast") as rank:
+                return rank.broadcast(policy_version, meeting, receivers=receivers, timeout_s=timeout_s)
         finally:
             self._meeting = None
             if meeting is not None:
@@ -174,38 +183,44 @@ class LearnerRank:
     def buckets(self, policy_version: int) -> Iterator[ByteArray | int]:
         """Yield the buckets of an announced version and then how many they were, on rank 0; nothing elsewhere."""
         count = 0
-        for bucket in self._do("publish").buckets(policy_version):
-            yield bucket
-            count += 1
+        with self._does("publish") as rank:
+            for bucket in rank.buckets(policy_version):
+                yield bucket
+                count += 1
         if count:
             yield count
 
     def samples(self, keys: Sequence[RolloutKey]) -> tuple[SampleText, ...]:
         """Decode a few responses of the last batch."""
-        return self._do("samples").samples(keys)
+        with self._does("samples") as rank:
+            return rank.samples(keys)
 
     def write_rollouts(self, path: Path) -> None:
         """Write the last batch as Parquet."""
-        self._do("rollouts").write_rollouts(path)
+        with self._does("rollouts") as rank:
+            rank.write_rollouts(path)
 
     def save(self, directory: Path) -> None:
         """Write this rank's part of the state."""
-        self._do("save").save(directory)
+        with self._does("save") as rank:
+            rank.save(directory)
 
     def load(self, directory: Path) -> None:
         """Restore this rank's part of the state; the files must have been verified."""
-        self._do("load").load(directory)
+        with self._does("load") as rank:
+            rank.load(directory)
 
     def export(self, directory: Path, *, card: dict[str, Any]) -> None:
         """Write the policy as a plain Hugging Face directory."""
-        self._do("export").export(directory, card=card)
+        with self._does("export") as rank:
+            rank.export(directory, card=card)
 
     @ray.method(concurrency_group=CONTROL_GROUP)
     def status(self) -> dict[str, Any]:
-        """Say what this rank was last asked to do, and how far it is."""
+        """Say what this rank is doing, and how far it is."""
         return {
             "rank": self._number,
-            "doing": self._doing,
+            "state": self._doing,
             "progress": {} if self._rank is None else self._rank.progress,
             "policy_version": None if self._rank is None else self._rank.policy_version,
             "pid": os.getpid(),
@@ -213,11 +228,15 @@ class LearnerRank:
             "resident_bytes": psutil.Process().memory_info().rss,
         }
 
-    def _do(self, what: str) -> "Rank":
+    @contextmanager
+    def _does(self, what: str) -> Generator["Rank"]:
         if self._rank is None:
             raise RuntimeError("connect comes first")
         self._doing = what
-        return self._rank
+        try:
+            yield self._rank
+        finally:
+            self._doing = "idle"
 
 
 def _listen() -> "socket.socket":

@@ -1,5 +1,7 @@
 """The error that a person can act on: what happened, where, why, and what to do next."""
 
+from collections.abc import Mapping
+
 
 class UserError(Exception):
     """Report a mistake in what the user gave (a config, a file, a flag), not a fault of the program.
@@ -39,6 +41,23 @@ class UserError(Exception):
 def _sentence(text: str) -> str:
     text = " ".join(text.split())
     return text if text.endswith((".", "!", "?")) else text + "."
+
+
+class WorkersLostError(RuntimeError):
+    """More workers failed than may be replaced."""
+
+
+class LearnerLostError(RuntimeError):
+    """A rank of the learner died or does not answer; the ranks start again together, from the last checkpoint.
+
+    Args:
+        what: Which ranks, and what was seen of them.
+        stacks: Rank -> what its process was doing, where that is known.
+    """
+
+    def __init__(self, what: str, *, stacks: Mapping[str, str] | None = None) -> None:
+        super().__init__(what)
+        self.stacks = dict(stacks or {})
 
 
 class Resumable(RuntimeError):

@@ -1,7 +1,8 @@
 """The Ray processes of the scoring pool: reward workers and reference workers, scaled apart."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -64,6 +65,7 @@ class RewardWorker:
         self._labeler: tuple[str, RewardModel, Any] | None = None
         self._calibrations: dict[str, Calibration] = {}
         self._num_responses, self._busy_s = 0, 0.0
+        self.state = "idle"
         for reward in config.scoring.rewards:
             if isinstance(reward, ModelRewardConfig) and reward.path != "trained":
                 self._models[reward.name] = self._load_model(reward.path)
@@ -114,18 +116,19 @@ class RewardWorker:
             RewardError: If a reward fails.
             UserError: If a component has no calibration yet.
         """
-        rollouts = fetch(rollout_refs, timeout_s=self._config.cluster.deadlines.score_s)
-        started = perf_counter()
-        batch = self._text(rollouts)
-        calibrations = {name: self._calibration(name) for name in self._names}
-        raw = self._raw(rollouts, batch)
-        components = {name: calibrations[name].apply(scores) for name, scores in raw.items()}
-        rewards = {name: scores for name, scores in components.items() if name != HELDOUT}
-        total, _ = total_scores(rewards, finish_reasons=batch.finish_reasons, config=self._config.scoring)
-        gold = {reward.name: reward.raw_scores(batch) for reward in self._gold}
-        busy_s = self._count(len(rollouts), since=started)
-        scored = RewardScores(keys=batch.keys, scores=total, components=components, gold={}, busy_s=busy_s)
-        return replace(scored, gold=gold), scored
+        with _scoring(self):
+            rollouts = fetch(rollout_refs, timeout_s=self._config.cluster.deadlines.score_s)
+            started = perf_counter()
+            batch = self._text(rollouts)
+            calibrations = {name: self._calibration(name) for name in self._names}
+            raw = self._raw(rollouts, batch)
+            components = {name: calibrations[name].apply(scores) for name, scores in raw.items()}
+            rewards = {name: scores for name, scores in components.items() if name != HELDOUT}
+            total, _ = total_scores(rewards, finish_reasons=batch.finish_reasons, config=self._config.scoring)
+            gold = {reward.name: reward.raw_scores(batch) for reward in self._gold}
+            busy_s = self._count(len(rollouts), since=started)
+            scored = RewardScores(keys=batch.keys, scores=total, components=components, gold={}, busy_s=busy_s)
+            return replace(scored, gold=gold), scored
 
     def raw_scores(self, rollout_refs: Sequence[RolloutRef]) -> dict[str, FloatArray]:
         """Score a group without calibration, to find the calibration.
@@ -181,6 +184,7 @@ class RewardWorker:
             "name": self._name,
             "models": {name: model.path for name, model in self._models.items()},
             "uncalibrated": [name for name in names if self._find_calibration(name) is None],
+            "state": self.state,
             "num_responses": self._num_responses,
             "busy_s": self._busy_s,
             "pid": os.getpid(),
@@ -265,6 +269,7 @@ class ReferenceWorker:
         self._config = config
         self._name = name
         self._num_responses, self._busy_s = 0, 0.0
+        self.state = "idle"
         self._model = ReferenceModel(
             str(path),
             temperature=config.rollout.temperature,
@@ -283,21 +288,22 @@ class ReferenceWorker:
         Returns:
             What the driver may see, and for each response [T] log-probs, both in the order given.
         """
-        rollouts = fetch(rollout_refs, timeout_s=self._config.cluster.deadlines.score_s)
-        started = perf_counter()
-        logprobs = self._model.logprobs(
-            [rollout.prompt.token_ids for rollout in rollouts], [rollout.response_ids for rollout in rollouts]
-        )
-        kl_nats = [
-            float(np.sum(rollout.behavior_logprobs.astype(np.float64) - reference))
-            for rollout, reference in zip(rollouts, logprobs, strict=True)
-        ]
-        keys = tuple(rollout.key for rollout in rollouts)
-        seconds = perf_counter() - started
-        self._num_responses += len(rollouts)
-        self._busy_s += seconds
-        summary = ReferenceSummary(keys=keys, behavior_kl_nats=np.array(kl_nats, np.float32), busy_s=seconds)
-        return summary, ReferenceLogprobs(keys=keys, logprobs=logprobs)
+        with _scoring(self):
+            rollouts = fetch(rollout_refs, timeout_s=self._config.cluster.deadlines.score_s)
+            started = perf_counter()
+            logprobs = self._model.logprobs(
+                [rollout.prompt.token_ids for rollout in rollouts], [rollout.response_ids for rollout in rollouts]
+            )
+            kl_nats = [
+                float(np.sum(rollout.behavior_logprobs.astype(np.float64) - reference))
+                for rollout, reference in zip(rollouts, logprobs, strict=True)
+            ]
+            keys = tuple(rollout.key for rollout in rollouts)
+            seconds = perf_counter() - started
+            self._num_responses += len(rollouts)
+            self._busy_s += seconds
+            summary = ReferenceSummary(keys=keys, behavior_kl_nats=np.array(kl_nats, np.float32), busy_s=seconds)
+            return summary, ReferenceLogprobs(keys=keys, logprobs=logprobs)
 
     @ray.method(concurrency_group="control")
     def status(self) -> dict[str, Any]:
@@ -305,11 +311,22 @@ class ReferenceWorker:
         return {
             "name": self._name,
             "models": {"reference": self._model.path},
+            "state": self.state,
             "num_responses": self._num_responses,
             "busy_s": self._busy_s,
             "pid": os.getpid(),
             "node_id": ray.get_runtime_context().get_node_id(),
         }
+
+
+@contextmanager
+def _scoring(worker: RewardWorker | ReferenceWorker) -> Generator[None]:
+    """Have a worker's status say that it scores."""
+    worker.state = "scoring"
+    try:
+        yield
+    finally:
+        worker.state = "idle"
 
 
 def environment(config: RunConfig) -> dict[str, str]:

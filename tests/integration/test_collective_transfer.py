@@ -84,7 +84,9 @@ def pool(learner: LearnerGroup, config: RunConfig, directory: Path) -> Iterator[
         remote = rollout_worker.remote_class().options(num_cpus=0.5, runtime_env=environment)
         return remote.remote(name=name, model_path=model, config=config.rollout, backend="cpu", policy_version=0)
 
-    made = RolloutPool(config.rollout, config.cluster.deadlines, make=make, replacements=9)
+    made = RolloutPool(
+        config.rollout, config.cluster.deadlines, make=make, replacements=9, report=lambda incident: None
+    )
     made.started()
     yield made
     made.stop()

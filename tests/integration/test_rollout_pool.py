@@ -62,7 +62,7 @@ def pool(cluster: None, model: Path) -> Iterator[RolloutPool]:
         remote = rollout_worker.remote_class().options(num_cpus=0.5, runtime_env=environment)
         return remote.remote(name=name, model_path=str(model), config=CONFIG, backend="cpu", policy_version=0)
 
-    made = RolloutPool(CONFIG, DeadlinesConfig(), make=make, replacements=1)
+    made = RolloutPool(CONFIG, DeadlinesConfig(), make=make, replacements=1, report=lambda incident: None)
     made.started()
     yield made
     made.stop()

@@ -1,0 +1,185 @@
+"""One batch in the making: which worker owes which responses, and what becomes of them when a worker is lost."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from time import monotonic
+from typing import Any, NamedTuple, Protocol
+
+import ray
+from ray.exceptions import RayTaskError
+
+from cluster.pool import Member
+from cluster.supervision import FAILURES, DeadlineError, SilentWorkerError, Watch, cause_of
+from protocol.messages import RolloutKey, RolloutMeta, RolloutRequest
+from protocol.roles import Finished, Payload, RolloutRef
+
+
+class Workers(Protocol):
+    """The pool, as a batch sees it."""
+
+    @property
+    def members(self) -> list[Member]:
+        """The workers that fill the pool's places now."""
+        ...
+
+    def replace(self, member: Member, error: BaseException, /) -> tuple[Member, Any]:
+        """Put a new worker in a lost one's place; the reference is ready when it may be admitted."""
+        ...
+
+    def admit(self, fresh: Member, ref: Any, /) -> Any:
+        """Check that a replacement holds the current version."""
+        ...
+
+
+class Generation:
+    """A batch that is being sampled.
+
+    A lost worker's share is asked of its replacement, by key, so that nothing is lost or doubled. Nobody waits for the
+    replacement: the other workers' responses are passed on while it starts.
+
+    Args:
+        workers: The pool.
+        watch: Asks whether workers live.
+        owed: A worker's place -> the requests it has not answered yet.
+        policy_version: The version that samples.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        watch: Watch,
+        owed: Mapping[int, dict[RolloutKey, RolloutRequest]],
+        *,
+        policy_version: int,
+    ) -> None:
+        self._workers = workers
+        self._watch = watch
+        self._owed = owed
+        self._version = policy_version
+        self._streams: dict[Any, Member] = {}
+        self._starting: dict[Any, Member] = {}
+        self._steps: dict[str, int] = {}
+
+    def responses(self, *, deadline_s: float) -> Iterator[Finished]:
+        """Yield each response as it is finished.
+
+        Args:
+            deadline_s: The bound on the whole batch.
+
+        Raises:
+            DeadlineError: If it is over; the message says who owes what.
+            WorkersLostError: If a worker was lost and may not be replaced.
+            Exception: What a worker raised.
+        """
+        deadline = monotonic() + deadline_s
+        for member in list(self._workers.members):
+            if self._owed[member.index]:
+                self._ask(member)
+        while self._streams or self._starting:
+            ref = self._next(deadline)
+            member = self._streams.get(ref) or self._starting[ref]
+            try:
+                if ref in self._starting:
+                    del self._starting[ref]
+                    self._workers.admit(member, ref)
+                    self._ask(member)
+                    continue
+                step = _take(ref, deadline=deadline, watch=self._watch, member=member)
+            except FAILURES as error:
+                self._lost(ref, member, error)
+                continue
+            except RayTaskError as error:
+                raise cause_of(error) from None
+            if step is None:
+                del self._streams[ref]
+                continue
+            for place, meta in enumerate(step.metas):
+                del self._owed[member.index][meta.key]
+                yield Finished(meta=meta, payload=RolloutRef(step=step.payload, place=place))
+        missing = [str(key) for share in self._owed.values() for key in share]
+        if missing:
+            raise RuntimeError(f"the rollout workers ended without {len(missing)} responses, the first: {missing[0]}")
+
+    def _ask(self, member: Member) -> None:
+        owed = list(self._owed[member.index].values())
+        self._streams[member.handle.generate.remote(owed, policy_version=self._version)] = member
+
+    def _next(self, deadline: float) -> Any:
+        """Wait for whoever has something; meanwhile see to those who have fallen silent."""
+        while True:
+            left = max(0.0, deadline - monotonic())
+            refs = [*self._streams, *self._starting]
+            ready, _ = ray.wait(refs, timeout=min(left, self._watch.quiet_s), fetch_local=False)
+            if ready:
+                return ready[0]
+            if monotonic() >= deadline:
+                late = [*self._streams.values(), *self._starting.values()]
+                waiting = "; ".join(f"{m.name} owes {len(self._owed[m.index])} responses" for m in late)
+                raise DeadlineError(f"generating: not finished within cluster.deadlines.generate_s: {waiting}")
+            for ref, member, error in self._stuck():
+                self._lost(ref, member, error)
+
+    def _stuck(self) -> list[tuple[Any, Member, SilentWorkerError]]:
+        """Find workers that do not answer, or whose engines have not made a step since they were last asked."""
+        silent = {member.name for member in self._watch.silent(list(self._streams.values()))}
+        found: list[tuple[Any, Member, SilentWorkerError]] = []
+        for ref, member in self._streams.items():
+            if member.name in silent:
+                found.append((ref, member, self._watch.error(member)))
+                continue
+            steps = _steps_of(member, timeout_s=self._watch.quiet_s)
+            if steps is not None and self._steps.get(member.name) == steps:
+                text = f"{member.name} answers, but its engine makes no step"
+                found.append((ref, member, SilentWorkerError(text)))
+            elif steps is not None:
+                self._steps[member.name] = steps
+        return found
+
+    def _lost(self, ref: Any, member: Member, error: BaseException) -> None:
+        self._streams.pop(ref, None)
+        fresh, ready = self._workers.replace(member, error)
+        self._starting[ready] = fresh
+
+
+class _Step(NamedTuple):
+    """What one engine step finished."""
+
+    payload: Payload
+    metas: Sequence[RolloutMeta]
+
+
+def _take(stream: Any, *, deadline: float, watch: Watch, member: Member) -> _Step | None:
+    """Read one step from a worker's stream: a payload, which is only passed on, and what the driver may know of it.
+
+    Returns:
+        The step, or None at the end of the stream.
+
+    Raises:
+        DeadlineError: If the worker stops between a payload and its description.
+        SilentWorkerError: Likewise, if it does not answer any more.
+        Exception: What the worker raised or died of; it comes in the place of an item and ends the stream.
+    """
+    try:
+        payload = next(stream)
+    except StopIteration:
+        return None
+    while not ray.wait([stream], timeout=watch.quiet_s, fetch_local=False)[0]:
+        if monotonic() >= deadline:
+            raise DeadlineError(f"generating: {member.name} stopped in a step; cluster.deadlines.generate_s is over")
+        watch.require_answers([member])
+    left_s = max(0.0, deadline - monotonic())
+    try:
+        return _Step(payload, ray.get(next(stream), timeout=left_s))
+    except StopIteration:
+        ray.get(payload, timeout=left_s)
+        raise RuntimeError(f"{member.name}'s stream ended between a payload and its description") from None
+
+
+def _steps_of(member: Member, *, timeout_s: float) -> int | None:
+    """Read how many steps a worker's engine has made; None if the worker died meanwhile, which its stream will say."""
+    ref = member.handle.status.remote()
+    ready, _ = ray.wait([ref], timeout=timeout_s)
+    try:
+        status: Any = ray.get(ref) if ready else None
+        return None if status is None else status.engine_steps
+    except FAILURES:
+        return None

@@ -1,0 +1,34 @@
+"""A run's incidents: a record each under `incidents/`, and a line each on the terminal."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.schedule import RunState
+from protocol.incidents import Incident, write
+
+
+class IncidentLog:
+    """Keeps incidents and says where in the run they happened.
+
+    Args:
+        directory: The run's `incidents/`.
+        say: Takes lines for people.
+    """
+
+    def __init__(self, directory: Path, *, say: Callable[[str], None]) -> None:
+        self._directory = directory
+        self._say = say
+        self.state = RunState()
+        """Where the run stands."""
+
+    def at(self, state: RunState) -> None:
+        """Take note of where the run stands."""
+        self.state = state
+
+    def __call__(self, incident: Incident) -> None:
+        """Keep an incident."""
+        state = self.state
+        placed = replace(incident, round=state.round, iteration=state.iteration, policy_version=state.policy_version)
+        path = write(self._directory, placed)
+        self._say(f"incident: {placed.what}; {placed.action} ({path.parent.name}/{path.name})")

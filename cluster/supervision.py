@@ -1,0 +1,166 @@
+"""Waiting for workers: under a deadline, by name, and only for as long as they answer.
+
+A worker that computes answers `status` from a thread of its own. One that was stopped, or that hangs as a whole, does
+not, and would otherwise be waited for until the deadline of its work, which must be long.
+"""
+
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any, Protocol, TypeVar
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from protocol.errors import UserError
+
+Handle = Any
+
+
+class DeadlineError(RuntimeError):
+    """A wait took longer than the configuration allows; the message names what was waited for."""
+
+
+class SilentWorkerError(RuntimeError):
+    """A worker is there and does not answer, or answers and gets nowhere."""
+
+
+FAILURES = (RayActorError, SilentWorkerError)
+"""What a lost worker looks like to the driver, as opposed to a worker that raised an error of its own."""
+
+
+class Watched(Protocol):
+    """A worker that answers `status` while it works."""
+
+    @property
+    def name(self) -> str:
+        """Who it is, for messages."""
+        ...
+
+    @property
+    def handle(self) -> Handle:
+        """Its Ray actor."""
+        ...
+
+
+W = TypeVar("W", bound=Watched)
+
+
+class Watch:
+    """Finds the workers that do not answer.
+
+    Args:
+        silence_s: A worker that neither delivers nor answers for so long counts as lost. Half of it passes before
+            anybody is asked, the other half is the time to answer.
+    """
+
+    def __init__(self, *, silence_s: float) -> None:
+        self.quiet_s = silence_s / 2
+        self._silence_s = silence_s
+
+    def silent(self, workers: Sequence[W]) -> list[W]:
+        """Ask every worker for its status, and list those that do not answer.
+
+        One that is dead is not silent: whatever it owes says so by itself.
+        """
+        asked = {worker.handle.status.remote(): worker for worker in workers}
+        _, late = ray.wait(list(asked), num_returns=len(asked), timeout=self.quiet_s, fetch_local=False)
+        return [asked[ref] for ref in late]
+
+    def lost(self, workers: Sequence[W]) -> list[tuple[W, BaseException]]:
+        """List the workers that have died or do not answer, each with what is wrong with it."""
+        asked = {worker.handle.status.remote(): worker for worker in workers}
+        done, late = ray.wait(list(asked), num_returns=len(asked), timeout=self.quiet_s)
+        found: list[tuple[W, BaseException]] = [(asked[ref], self.error(asked[ref])) for ref in late]
+        for ref in done:
+            try:
+                ray.get(ref)
+            except RayActorError as error:
+                found.append((asked[ref], error))
+        return found
+
+    def error(self, worker: Watched) -> SilentWorkerError:
+        """Word what is wrong with a silent worker."""
+        return SilentWorkerError(
+            f"{worker.name} neither delivered nor answered for cluster.deadlines.silence_s = {self._silence_s:g} s"
+        )
+
+    def require_answers(self, workers: Sequence[Watched]) -> None:
+        """Ask every worker for its status.
+
+        Raises:
+            SilentWorkerError: Naming the first that does not answer.
+        """
+        for worker in self.silent(workers):
+            raise self.error(worker)
+
+
+def wait(
+    refs: Sequence[Any],
+    *,
+    deadline_s: float,
+    what: str,
+    key: str,
+    watch: Watch | None = None,
+    workers: Sequence[Watched] = (),
+) -> list[Any]:
+    """Fetch results, or say what was waited for.
+
+    Args:
+        refs: Object references.
+        deadline_s: The bound on the whole wait.
+        what: What is being waited for, for the message.
+        key: The configuration key of the deadline.
+        watch: Asks the workers whether they live, whenever nothing has come for a while.
+        workers: Whose results they are.
+
+    Returns:
+        The values, in order.
+
+    Raises:
+        DeadlineError: If they are not all there in time.
+        SilentWorkerError: If a worker stopped answering.
+        Exception: What the worker raised, itself rather than wrapped. The first failure ends the wait: the others may
+            be waiting for the one that failed.
+    """
+    deadline = monotonic() + deadline_s
+    pending = list(refs)
+    while pending:
+        left = max(0.0, deadline - monotonic())
+        done, pending = ray.wait(pending, timeout=left if watch is None else min(left, watch.quiet_s))
+        if done:
+            result_of(done[0])
+        elif monotonic() >= deadline:
+            raise DeadlineError(f"{what}: {len(pending)} of {len(refs)} did not answer within {key} = {deadline_s:g} s")
+        elif watch is not None:
+            watch.require_answers(workers)
+    return [result_of(ref) for ref in refs]
+
+
+def result_of(ref: Any) -> Any:
+    """Fetch one result that is there; raise what the worker raised itself rather than Ray's wrapper."""
+    try:
+        return ray.get(ref, timeout=_TRANSFER_S)
+    except GetTimeoutError:
+        raise DeadlineError(f"a result that was ready did not arrive within {_TRANSFER_S:g} s") from None
+    except RayTaskError as error:
+        raise cause_of(error) from None
+
+
+_TRANSFER_S = 120.0
+"""The bound on bringing a small result that is ready from another node."""
+
+
+def cause_of(error: RayTaskError) -> Exception:
+    """Unwrap what a worker raised; Ray's wrapper stays as its cause for `--traceback`."""
+    inner = getattr(error, "cause", None)
+    if isinstance(inner, UserError):
+        return inner
+    if isinstance(inner, Exception):
+        inner.__cause__ = error
+        return inner
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten an error to what fits into a line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
