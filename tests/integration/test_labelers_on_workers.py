@@ -1,6 +1,7 @@
 """Labelers that live on the run's own workers: a judge on its engines, a reward model with its scorers."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def write_parrot(source: Path, output: Path) -> None:
         for name, weight in model.named_parameters():
             weight.fill_(1.0 if "norm" in name else 0.0)
         model.model.embed_tokens.weight[:, 0] = 1.0
-        for place, (token, following) in enumerate(zip(chain, chain[1:], strict=False), start=1):
+        for place, (token, following) in enumerate(pairwise(chain), start=1):
             model.model.embed_tokens.weight[token] = torch.eye(config.hidden_size)[place]
             model.lm_head.weight[following, place] = 1.0
         model.lm_head.weight[chain[0], 0] = 1.0
