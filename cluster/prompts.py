@@ -5,7 +5,7 @@ import json
 import random
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -179,3 +179,27 @@ def _too_long(where: str, num_tokens: int, max_tokens: int) -> UserError:
         where=where,
         next_step="raise rollout.max_prompt_tokens, or set data.overlong_prompts=drop to leave such prompts out",
     )
+
+
+class PromptSource(Protocol):
+    """The prompts of a run, read when they are first needed: the tokenizer comes with the supervised policy."""
+
+    def training(self) -> Sequence[Prompt]:
+        """All training prompts."""
+        ...
+
+    def held_out(self) -> Sequence[Prompt]:
+        """The prompts of evaluations."""
+        ...
+
+    def stream(self) -> PromptStream:
+        """The stream that the iterations take from."""
+        ...
+
+    def rewind(self) -> None:
+        """Have the stream begin again."""
+        ...
+
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer."""
+        ...

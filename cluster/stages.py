@@ -9,9 +9,9 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from cluster import calibration, checkpoint, evaluation, guards, lineage, samples, schedule
+from cluster import checkpoint, evaluation, guards, lineage, schedule
 from cluster.collection import Collection
 from cluster.crew import Crew
 from cluster.driver import Roles
@@ -19,13 +19,12 @@ from cluster.evaluation import Evaluation
 from cluster.incident_log import IncidentLog
 from cluster.learner_group import Progress
 from cluster.lineage import Artefact
-from cluster.prompts import PromptStream
+from cluster.prompts import PromptSource, PromptStream
 from cluster.ranking import Ranking
 from cluster.refresh import Refresh
-from cluster.rollout_pool import put
 from cluster.run_directory import RunDirectory
-from cluster.schedule import CALIBRATION, Phase, RunState
-from cluster.scoring_pool import ScoringPool
+from cluster.schedule import Phase, RunState
+from cluster.scores import Scores
 from cluster.tracking import Sinks
 from configs.load import config_hash
 from configs.run import RunConfig
@@ -33,33 +32,9 @@ from protocol import metrics as names
 from protocol.errors import LearnerLostError, UserError
 from protocol.files import write_json
 from protocol.incidents import Incident
-from protocol.messages import IterationReport, Prompt, RoundReport
+from protocol.messages import IterationReport, RoundReport
 
 _LOG = logging.getLogger(__name__)
-
-
-class PromptSource(Protocol):
-    """The prompts of a run, read when they are first needed: the tokenizer comes with the supervised policy."""
-
-    def training(self) -> Sequence[Prompt]:
-        """All training prompts."""
-        ...
-
-    def held_out(self) -> Sequence[Prompt]:
-        """The prompts of evaluations."""
-        ...
-
-    def stream(self) -> PromptStream:
-        """The stream that the iterations take from."""
-        ...
-
-    def rewind(self) -> None:
-        """Have the stream begin again."""
-        ...
-
-    def tokenizer(self) -> Any:
-        """The policy's tokenizer."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +90,8 @@ class RunStages:
         self._collection = parts.collection
         self._refresh = parts.refresh
         self._prompts = parts.prompts
-        self._ranking = parts.make_ranking(self._evaluated)
+        self._scores = Scores(config, directory, crew=parts.crew, prompts=parts.prompts, heldout=parts.refresh.heldout)
+        self._ranking = parts.make_ranking(lambda version: self._scores.evaluated(version, self._state))
         self._open_sinks = open_sinks
         self._progress = progress
         self.incidents = incidents
@@ -124,12 +100,6 @@ class RunStages:
         self._resumed: checkpoint.Checkpoint | None = None
         self._sinks: Sinks | None = None
         self._history: list[dict[str, float]] = []
-        self._loaded: tuple[int, int | None] | None = None
-        """Which generation of scoring workers holds which version of the reward model."""
-        self._calibrated_for: tuple[int, int] | None = None
-        """Which generation of scoring workers holds which round's zero and unit."""
-        self._evaluations: dict[int, Evaluation] = {}
-        """Version -> its evaluation with the reward models of now."""
         self._state = RunState()
 
     def resume(self) -> RunState:
@@ -220,24 +190,19 @@ class RunStages:
 
     def calibrate(self, state: RunState) -> None:
         """Fix the zero and the unit of the rewards on samples of the reference policy, for the whole round."""
-        path = self.directory.calibrations(state.round)
-        if not path.exists():
-            found = self._calibrated(state)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, found)
-        self._scoring(state)
+        self._scores.calibrate(state)
 
     def baseline(self, state: RunState) -> None:
         """Sample the supervised policy's responses to the held-out prompts."""
         if self._prompts.held_out():
-            self._responses(0)
+            self._scores.responses(0)
 
     def roles(self, state: RunState) -> Roles:
         """Start the learner's engines, from the checkpoint where there is one, and bring the rollout workers to it.
 
         Publishing first is what makes a resume safe: no worker samples before it has proven the state's version.
         """
-        scoring = self._scoring(state)
+        scoring = self._scores.workers(state)
         stream = self._start_learning(state)
         self.crew.publish(state.policy_version)
         if self._sinks is None:
@@ -285,7 +250,7 @@ class RunStages:
         self.crew.finish_rl()
         if not self._prompts.held_out():
             return
-        before, after = self._evaluated(0), self._evaluated(state.policy_version)
+        before, after = (self._scores.evaluated(version, state) for version in (0, state.policy_version))
         compared = evaluation.compare(before, after, self.config)
         write_json(self.directory.round(state.round) / "evaluation.json", compared)
         write_json(self.directory.evaluation, compared)
@@ -318,46 +283,6 @@ class RunStages:
             self._sinks.__exit__(None, None, None)
             self._sinks = None
 
-    def _calibrated(self, state: RunState) -> dict[str, dict[str, Any]]:
-        """Score the reference samples, which are sampled once in a run, with this round's reward models."""
-        path = self.directory.reference_samples
-        if not path.exists():
-            rollouts = self.crew.sampling(0)
-            training = self._prompts.training()
-            count = min(self.config.scoring.calibration_responses, len(training))
-            prompts = PromptStream(training, seed=self.config.run.seed + 1).take(count)
-            requests = schedule.requests(prompts, self.config, round=0, iteration=CALIBRATION, samples=1)
-            finished = {f.meta.key: f for f in rollouts.generate(requests, policy_version=0)}
-            samples.write(path, rollouts.fetch([finished[request.key] for request in requests]))
-        responses = samples.read(path)
-        raw = self._load_reward_models(state).raw_scores([finished.payload for finished in put(responses)])
-        found = calibration.calibrate(raw, self.config, prompts=[rollout.prompt for rollout in responses])
-        if state.reward_version is not None:
-            calibration.store_with_model(found, self.config, self.directory.reward_model(state.reward_version))
-        return found
-
-    def _load_reward_models(self, state: RunState) -> ScoringPool:
-        """Have the scoring workers hold this round's reward models."""
-        workers = self.crew.scoring
-        wanted = (self.crew.generation, state.reward_version)
-        if self._loaded != wanted and state.reward_version is not None:
-            workers.load(
-                trained=self.directory.reward_model(state.reward_version),
-                heldout=self._refresh.heldout(state.reward_version),
-            )
-            self._loaded = wanted
-        return workers
-
-    def _scoring(self, state: RunState) -> ScoringPool:
-        """Have the scoring workers use this round's reward models and their constants."""
-        workers = self._load_reward_models(state)
-        wanted = (self.crew.generation, state.round)
-        if self._calibrated_for != wanted:
-            workers.use(calibration.parse(json.loads(self.directory.calibrations(state.round).read_text())))
-            self._calibrated_for = wanted
-            self._evaluations.clear()
-        return workers
-
     def _start_learning(self, state: RunState) -> PromptStream:
         """Build the learner's engines for this round, and load the checkpoint if it is of this round."""
         plan = self.config.rounds.of(state.round)
@@ -372,21 +297,6 @@ class RunStages:
             if self._resumed.driver["state"]["round"] == state.round:
                 self.crew.learner.load(self._resumed.directory / "learner")
         return stream
-
-    def _responses(self, version: int) -> list[Any]:
-        path = self.directory.evaluation_of(version)
-        if not path.exists():
-            rollouts = self.crew.sampling(version)
-            finished = evaluation.sample(rollouts, self._prompts.held_out(), self.config, policy_version=version)
-            samples.write(path, rollouts.fetch(finished))
-        return put(samples.read(path))
-
-    def _evaluated(self, version: int) -> Evaluation:
-        responses = self._responses(version)
-        workers = self._scoring(self._state)
-        if version not in self._evaluations:
-            self._evaluations[version] = evaluation.score(workers, responses, policy_version=version)
-        return self._evaluations[version]
 
     def _standing(self, state: RunState) -> list[dict[str, float]]:
         """Read the metrics of this round's iterations that stand."""

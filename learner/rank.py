@@ -1,6 +1,5 @@
 """One rank of the learner: its stages, its engines and its state, without any knowledge of how it is called."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -22,7 +21,9 @@ from learner.stored_policy import StoredPolicy
 from learner.supervised_loop import StageContext, layout_of
 from learner.training import NonFiniteError, RankContext
 from learner.update import Updater, UpdateSettings
+from protocol import incidents
 from protocol.broadcast import Meeting
+from protocol.incidents import Incident
 from protocol.messages import (
     IntArray,
     ReferenceLogprobs,
@@ -269,10 +270,19 @@ class Rank:
         """Keep a batch that could not be learned from, for a post-mortem."""
         if self.context.rank != 0:
             return
-        path = self._incidents / f"nonfinite-r{batch.round:03d}-i{batch.iteration:06d}.parquet"
-        records.write_batch(path, batch, decode=self._decode, kl_nats={})
-        incident = {"kind": "nonfinite", "what": what, "policy_version": batch.policy_version, "batch": path.name}
-        path.with_suffix(".json").write_text(json.dumps(incident, indent=2), encoding="utf-8")
+        name = f"nonfinite-r{batch.round:03d}-i{batch.iteration:06d}"
+        records.write_batch(self._incidents / f"{name}.parquet", batch, decode=self._decode, kl_nats={})
+        incident = Incident(
+            kind="nonfinite",
+            what=what,
+            where="learner",
+            action="the run stops",
+            round=batch.round,
+            iteration=batch.iteration,
+            policy_version=batch.policy_version,
+            data={"batch": f"{name}.parquet"},
+        )
+        incidents.write(self._incidents, incident, name=name)
 
 
 def make_critic(config: RunConfig, *, policy: Path, reward_model: Path | None) -> ScalarModel:

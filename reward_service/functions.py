@@ -15,10 +15,13 @@ from urllib.parse import urlsplit
 import httpx
 import tenacity
 
-from configs.scoring import HTTPRewardConfig
+from configs.run import RunConfig
+from configs.scoring import FunctionRewardConfig, HTTPRewardConfig, ModelRewardConfig
 from protocol.errors import UserError
 from protocol.messages import FinishReason, FloatArray, RolloutKey
 from reward_service.scoring import RewardError, require_scores
+
+GOLD = "gold"
 
 RewardFunction = Callable[..., Sequence[float]]
 """f(prompts=[str], responses=[str], finish_reasons=[str], metadata=[dict]) -> one float for each response."""
@@ -253,3 +256,23 @@ def _place(url: str) -> str:
     """Name an endpoint without what may be secret in its address."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
+
+
+def text_rewards(config: RunConfig, incident_dir: Path) -> dict[str, TextReward]:
+    """Make the configured rewards that read text: functions and endpoints, by name."""
+    rewards: dict[str, TextReward] = {}
+    for reward in config.scoring.rewards:
+        if isinstance(reward, FunctionRewardConfig):
+            rewards[reward.name] = FunctionReward(name=reward.name, path=reward.path, incident_dir=incident_dir)
+        elif not isinstance(reward, ModelRewardConfig):
+            rewards[reward.name] = HTTPReward(reward, incident_dir=incident_dir)
+    return rewards
+
+
+def gold_functions(config: RunConfig, incident_dir: Path) -> tuple[FunctionReward, ...]:
+    """Make the gold functions, the total first; none where the configuration names none."""
+    gold = config.scoring.gold
+    if gold is None:
+        return ()
+    paths = {GOLD: gold.path, **gold.components}
+    return tuple(FunctionReward(name=name, path=path, incident_dir=incident_dir) for name, path in paths.items())

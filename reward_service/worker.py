@@ -13,18 +13,16 @@ import ray
 import torch
 
 from configs.run import RunConfig
-from configs.scoring import HELDOUT, FunctionRewardConfig, ModelRewardConfig
+from configs.scoring import HELDOUT, ModelRewardConfig
 from protocol.errors import UserError
 from protocol.messages import FloatArray, ReferenceLogprobs, ReferenceSummary, RewardScores, Rollout
 from protocol.records import Text
 from protocol.roles import RolloutRef, resolve
 from protocol.tokens import decode, encode_prompt, encode_response, load_tokenizer
-from reward_service.functions import FunctionReward, HTTPReward, TextBatch, TextReward, batch_saved_on_failure
+from reward_service.functions import TextBatch, batch_saved_on_failure, gold_functions, text_rewards
 from reward_service.reference_model import ReferenceModel
 from reward_service.reward_model import RewardModel
 from reward_service.scoring import IDENTITY, Calibration, require_scores, total_scores
-
-GOLD = "gold"
 
 
 class RewardWorker:
@@ -59,8 +57,8 @@ class RewardWorker:
         self._name = name
         self._incident_dir = Path(incidents)
         self._tokenizer = load_tokenizer(policy)
-        self._text_rewards = _text_rewards(config, self._incident_dir)
-        self._gold = _gold_functions(config, self._incident_dir)
+        self._text_rewards = text_rewards(config, self._incident_dir)
+        self._gold = gold_functions(config, self._incident_dir)
         self._models: dict[str, RewardModel] = {}
         self._labeler: tuple[str, RewardModel, Any] | None = None
         self._calibrations: dict[str, Calibration] = {}
@@ -384,21 +382,3 @@ def _check_vocabulary(path: str, *, policy_vocabulary: Mapping[str, int]) -> Non
             cause="it was trained with another tokenizer, and sampled tokens are never re-tokenised",
             next_step="use a reward model of the policy's family, or serve this one over HTTP (kind: http)",
         )
-
-
-def _text_rewards(config: RunConfig, incident_dir: Path) -> dict[str, TextReward]:
-    rewards: dict[str, TextReward] = {}
-    for reward in config.scoring.rewards:
-        if isinstance(reward, FunctionRewardConfig):
-            rewards[reward.name] = FunctionReward(name=reward.name, path=reward.path, incident_dir=incident_dir)
-        elif not isinstance(reward, ModelRewardConfig):
-            rewards[reward.name] = HTTPReward(reward, incident_dir=incident_dir)
-    return rewards
-
-
-def _gold_functions(config: RunConfig, incident_dir: Path) -> tuple[FunctionReward, ...]:
-    gold = config.scoring.gold
-    if gold is None:
-        return ()
-    paths = {GOLD: gold.path, **gold.components}
-    return tuple(FunctionReward(name=name, path=path, incident_dir=incident_dir) for name, path in paths.items())

@@ -30,7 +30,11 @@ ONLY_IN = {
     "deepspeed": ("learner/engine.py",),
     "ray": (
         "cluster/placement.py",
+        "cluster/faults.py",
+        "cluster/generation.py",
         "cluster/pool.py",
+        "cluster/stacks.py",
+        "cluster/supervision.py",
         "cluster/rollout_pool.py",
         "cluster/scoring_pool.py",
         "cluster/learner_group.py",

@@ -1,0 +1,96 @@
+"""Workers that die or stop in the middle of a run: it goes on, and ends where the undisturbed run ends."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+from tests.integration.test_train import metrics_of, rondo
+from tests.tiny_run import tiny_overrides
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+SETTINGS = ("rounds.iterations=5", "cluster.checkpoint_period_iterations=2", "cluster.deadlines.silence_s=20.0")
+
+
+def run(directory: Path, *faults: str) -> tuple[Path, str]:
+    options = [part for fault in faults for part in ("--fault", fault)]
+    done = rondo("train", "quickstart", *options, *tiny_overrides(directory, *SETTINGS), timeout_s=500)
+    assert done.returncode == 0, done.stderr + done.stdout
+    for fault in faults:
+        assert f"fault: {fault}" in done.stdout  # it did happen
+    return directory / "tiny", done.stdout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("undisturbed"))[0]
+
+
+def incidents_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((directory / "incidents").glob("*.json"))]
+
+
+def responses_of(directory: Path) -> dict[str, list[int]]:
+    rows = [row for path in sorted((directory / "rollouts").iterdir()) for row in parquet.read_table(path).to_pylist()]
+    return {f"{row['round']}/{row['iteration']}/{row['prompt_id']}/{row['sample']}": row["response"] for row in rows}
+
+
+def figures(directory: Path) -> list[dict[str, float]]:
+    timed = ("time/", "busy/", "sync/seconds", "rollout/tokens_per_s")
+    return [{n: v for n, v in line.items() if not n.startswith(timed)} for line in metrics_of(directory)]
+
+
+def test_a_run_survives_the_loss_of_every_kind_of_worker(undisturbed: Path, tmp_path: Path) -> None:
+    directory, output = run(
+        tmp_path,
+        "rollout-0:serving:kill@1",
+        "reward-0:scoring:kill@1",
+        "reference-0:scoring:stop@2",
+        "rollout-0:serving:stop@3",
+    )
+    found = incidents_of(directory)
+    assert [(i["kind"], i["where"].split(".")[0]) for i in sorted(found, key=lambda i: i["at"])] == [
+        ("worker_lost", "rollout-0"),
+        ("worker_lost", "reward-0"),
+        ("worker_silent", "reference-0"),
+        ("worker_silent", "rollout-0"),
+    ]
+    assert all("replaces it" in incident["action"] for incident in found)
+    assert all(incident["data"]["stacks"] for incident in found if incident["kind"] == "worker_silent")
+    assert output.count("incident: ") == 4
+    # A replacement samples what was owed in other batches than the lost worker would have: the tokens are the same, the
+    # last bits of their log-probs need not be.
+    assert responses_of(directory) == responses_of(undisturbed)
+    for ours, theirs in zip(figures(directory), figures(undisturbed), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("fault", ["learner-0:update:kill@3", "learner-0:publish:stop@1", "learner-0:save:kill@4"])
+def test_the_learner_goes_on_from_its_checkpoint_bit_for_bit(undisturbed: Path, tmp_path: Path, fault: str) -> None:
+    directory, _ = run(tmp_path, fault)
+    [incident] = incidents_of(directory)
+    assert incident["kind"] == "learner_lost"
+    assert "learner-0" in incident["what"]
+    assert figures(directory) == figures(undisturbed)
+    for path in sorted((undisturbed / "policies").rglob("*.safetensors")):
+        assert (directory / path.relative_to(undisturbed)).read_bytes() == path.read_bytes()
+
+
+def test_a_short_pause_is_no_loss(undisturbed: Path, tmp_path: Path) -> None:
+    directory, _ = run(tmp_path, "rollout-0:serving:pause=4@1", "learner-0:update:pause=4@2")
+    assert incidents_of(directory) == []
+    assert figures(directory) == figures(undisturbed)
+
+
+def test_a_run_without_replacements_left_keeps_what_it_has_and_says_why(tmp_path: Path) -> None:
+    settings = tiny_overrides(tmp_path, *SETTINGS, "cluster.worker_replacements=0")
+    done = rondo("train", "quickstart", "--fault", "rollout-0:serving:kill@3", *settings)
+    assert done.returncode == 1
+    assert "cluster.worker_replacements is used up" in done.stderr
+    directory = tmp_path / "tiny"
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir())[-1] == "r001-i000003"
+    [incident] = incidents_of(directory)
+    assert incident["action"].startswith("the run stops")
+    assert (incident["round"], incident["iteration"]) == (1, 3)
