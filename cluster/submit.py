@@ -2,13 +2,15 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import tenacity
 from rich.console import Console
 
 from protocol.errors import UserError
 
 _EXCLUDED = [".venv", "runs", ".git", "**/__pycache__"]
+_AGENT_S = 60.0
 
 
 def submit(config: str, overrides: Sequence[str], *, address: str, console: Console) -> int:
@@ -33,7 +35,8 @@ def submit(config: str, overrides: Sequence[str], *, address: str, console: Cons
     command = shlex.join(["python", "-m", "cluster.cli", "train", config, *overrides])
     try:
         client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=command, runtime_env={"working_dir": ".", "excludes": _EXCLUDED})
+        runtime_env = {"working_dir": ".", "excludes": _EXCLUDED}
+        job = _once_there_is_an_agent(lambda: client.submit_job(entrypoint=command, runtime_env=runtime_env))
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
             f"the cluster at {address} did not take the job: {str(error).splitlines()[0]}",
@@ -51,3 +54,14 @@ def submit(config: str, overrides: Sequence[str], *, address: str, console: Cons
     ended = client.get_job_status(job)
     console.print(f"job {job}: {ended.value}", markup=False, highlight=False)
     return 0 if ended is JobStatus.SUCCEEDED else 1
+
+
+def _once_there_is_an_agent(submit: Callable[[], str]) -> str:
+    """Submit; a cluster that has just started answers before the agent that starts jobs does."""
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_message(match=".*No available agent"),
+        stop=tenacity.stop_after_delay(_AGENT_S),
+        wait=tenacity.wait_fixed(1.0),
+        reraise=True,
+    )
+    return retrying(submit)

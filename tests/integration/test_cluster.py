@@ -90,7 +90,7 @@ def submit(head: dict[str, str], token: str | None, *arguments: str) -> subproce
         environment["RAY_AUTH_TOKEN"] = token
     command = [RAY, "job", "submit", "--address", head["address"], "--working-dir", ".", "--",
                sys.executable, "-m", "cluster.cli", *arguments]  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while True:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False

@@ -160,6 +160,7 @@ def test_a_guard_ends_a_round_and_says_why(tmp_path: Path) -> None:
     assert (run / "policies" / "v001").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_people_without_workers_and_goes_on_with_their_labels(tmp_path: Path) -> None:
     people = "{kind: people, max_wait_s: 2.0, poll_s: 0.5}"
     arguments = (
