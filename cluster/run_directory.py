@@ -10,7 +10,7 @@ from pathlib import Path
 from configs.load import ConfigError, config_hash, dump, load
 from configs.run import RunConfig
 from protocol.errors import UserError
-from protocol.files import write_text
+from protocol.files import make_directory, write_text
 
 _LOCK = ".lock"
 
@@ -151,7 +151,7 @@ def claim(config: RunConfig) -> RunDirectory:
     if directory.config.exists():
         check_same(directory, config)
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
         if not directory.config.exists():
             write_text(directory.config, f"# config {config_hash(config)}\n{dump(config)}")
     except OSError as error:
