@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster import calibration, checkpoint, evaluation, guards, lineage, samples, schedule
+from cluster import calibration, checkpoint, evaluation, guards, lineage, retention, samples, schedule
 from cluster.collection import Collection
 from cluster.crew import Crew
 from cluster.driver import Roles
@@ -135,6 +135,7 @@ class RunStages:
                 where=str(self.directory.checkpoints),
                 next_step="restore one from a copy, or move the run directory away to start again",
             )
+        checkpoint.tidy(self.directory.checkpoints)
         self._state = state
         return state
 
@@ -357,12 +358,19 @@ class RunStages:
         root = self.directory.checkpoints
         self._resumed = checkpoint.commit(
             root,
-            f"r{state.round:03d}-i{state.iteration:06d}",
+            checkpoint.name_of(round=state.round, iteration=state.iteration),
             driver={"state": state.to_json(), "prompts": self._prompts.stream().state_dict()},
             config_hash=config_hash(self.config),
             write_parts=write_parts,
         )
-        checkpoint.retain(root, keep=self.config.cluster.checkpoints_kept)
+        referred = lineage.referred(self.directory.lineage, below=root.name)
+        checkpoint.retain(
+            root,
+            self._resumed,
+            choose=lambda found: retention.kept(
+                found, self.config.cluster, best_version=state.best_version, referred=referred
+            ),
+        )
 
     def _card(self, state: RunState) -> dict[str, Any]:
         return {
