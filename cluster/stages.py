@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster import calibration, checkpoint, evaluation, guards, lineage, retention, samples, schedule
+from cluster import calibration, checkpoint, evaluation, guards, lineage, resumption, retention, samples, schedule
 from cluster.collection import Collection
 from cluster.crew import Crew
 from cluster.driver import Roles
@@ -117,7 +117,7 @@ class RunStages:
         state = RunState()
         if self.directory.state.exists():
             state = RunState.from_json(json.loads(self.directory.state.read_text()))
-        self._resumed = checkpoint.newest(self.directory.checkpoints)
+        self._resumed = resumption.newest(self.directory.checkpoints, self.config)
         if self._resumed is not None:
             saved = RunState.from_json(self._resumed.driver["state"])
             _LOG.info("the newest checkpoint is %s", self._resumed.directory)
@@ -354,6 +354,7 @@ class RunStages:
         def write_parts(staging: Path) -> None:
             (staging / "learner").mkdir()
             self._crew.learner.save(staging / "learner")
+            resumption.write_config(staging, self.config)
 
         root = self.directory.checkpoints
         self._resumed = checkpoint.commit(
