@@ -1,30 +1,30 @@
 """The joint commit: every part of a run's state in one directory that is complete or does not exist.
 
-A checkpoint is staged beside its place, synced to disk, and renamed into place; its manifest, with the SHA-256 of every
-file, is written last. Old checkpoints go only after a new one has been verified.
+A checkpoint is staged under a hidden name, seen to the disk and renamed into place under a name that is free, so a
+commit takes nothing away. What is no longer needed goes after the new one has been verified: first its name, then its
+files. So wherever a crash strikes, the newest checkpoint that was acknowledged is there and verifies.
 """
 
-import hashlib
 import json
 import logging
+import os
+import re
 import shutil
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import manifest
+from cluster.manifest import CheckpointError
 from protocol.errors import UserError
-from protocol.files import sync
+from protocol.files import make_directory, sync, sync_tree
 
-FORMAT_VERSION = 1
 _LOG = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
 DRIVER_STATE = "driver.json"
-_STAGING = ".staging-"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is damaged or belongs to another run."""
+_STAGING, _DISCARDED = ".staging-", ".discarded-"
+_NAME = re.compile(r"r(\d+)-i(\d+)(?:\.(\d+))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +33,28 @@ class Checkpoint:
 
     directory: Path
     driver: dict[str, Any]
-    """The driver's own state: phase, counters, prompt cursor, baseline evaluation."""
+    """The driver's own state: phase, counters, prompt cursor."""
     config_hash: str
+
+    @property
+    def name(self) -> str:
+        """Its directory's name."""
+        return self.directory.name
+
+
+def name_of(*, round: int, iteration: int) -> str:
+    """Name the checkpoint that follows an iteration."""
+    return f"r{round:03d}-i{iteration:06d}"
+
+
+def place_of(name: str) -> tuple[int, int, int] | None:
+    """Read a checkpoint's name.
+
+    Returns:
+        Its round, its iteration, and which attempt at them it is; None for a directory that somebody else has named.
+    """
+    found = _NAME.fullmatch(name)
+    return None if found is None else (int(found[1]), int(found[2]), int(found[3] or 1))
 
 
 def commit(
@@ -45,34 +65,39 @@ def commit(
     config_hash: str,
     write_parts: Callable[[Path], None],
 ) -> Checkpoint:
-    """Write one checkpoint.
+    """Write one checkpoint. When this returns, it is on the disk; nothing that was there before has been touched.
 
     Args:
         root: The run's `checkpoints/` directory.
-        name: The new checkpoint's directory name; sorts after the older ones.
+        name: What `name_of` says. If it is taken, as by a damaged checkpoint whose iterations have been repeated, the
+            new one becomes another attempt: `r001-i000020.02`.
         driver: The driver's state, as plain JSON values.
         config_hash: Which configuration the state belongs to.
         write_parts: Called with the staging directory; every other part of the state is written there.
 
     Returns:
         The committed checkpoint.
+
+    Raises:
+        ValueError: If the name is none of `name_of`'s.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    staging = root / f"{_STAGING}{name}"
-    if staging.exists():
-        shutil.rmtree(staging)
+    if place_of(name) is None:
+        raise ValueError(f"{name!r} is no checkpoint's name")
+    make_directory(root)
+    # A name of its own: a learner rank that outlived its driver may still be writing into the one before.
+    staging = root / f"{_STAGING}{name}-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
-    write_parts(staging)
-    (staging / DRIVER_STATE).write_text(json.dumps(driver))
-    files = {str(path.relative_to(staging)): _sha256(path) for path in _files(staging)}
-    manifest = {"format_version": FORMAT_VERSION, "config_hash": config_hash, "files": files}
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in (*_files(staging), *(p for p in staging.rglob("*") if p.is_dir()), staging):
-        sync(path)
-    target = root / name
-    if target.exists():
-        shutil.rmtree(target)
-    staging.rename(target)
+    try:
+        write_parts(staging)
+        (staging / DRIVER_STATE).write_text(json.dumps(driver))
+        manifest.write(staging, config_hash=config_hash)
+        sync_tree(staging)
+        target = _free(root, name)
+        staging.rename(target)
+    except Exception:
+        # A full disk is no place to leave half a checkpoint on.
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     sync(root)
     return Checkpoint(directory=target, driver=driver, config_hash=config_hash)
 
@@ -83,34 +108,21 @@ def verify(directory: Path) -> Checkpoint:
     Raises:
         CheckpointError: Naming what is missing, changed or not its own.
     """
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory} has no {MANIFEST}: it was never completed") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{directory / MANIFEST} is damaged: {error}") from None
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{directory} has format {manifest.get('format_version')}, this is {FORMAT_VERSION}")
-    for name, expected in manifest["files"].items():
-        path = directory / name
-        if path.resolve().parent != path.parent.resolve() or directory.resolve() not in path.resolve().parents:
-            raise CheckpointError(f"{directory}: the manifest names {name}, outside the checkpoint")
-        if not path.is_file():
-            raise CheckpointError(f"{directory}: {name} is missing")
-        if _sha256(path) != expected:
-            raise CheckpointError(f"{directory}: {name} does not match its hash")
-    extra = {str(p.relative_to(directory)) for p in _files(directory)} - set(manifest["files"]) - {MANIFEST}
-    if extra:
-        raise CheckpointError(f"{directory}: files that the manifest does not name: {', '.join(sorted(extra))}")
-    driver = json.loads((directory / DRIVER_STATE).read_text())
-    return Checkpoint(directory=directory, driver=driver, config_hash=manifest["config_hash"])
+    found = manifest.read(directory)
+    manifest.check_hashes(directory, found, found.files)
+    return _checkpoint(directory, found)
 
 
 def committed(root: Path) -> list[Path]:
-    """List a run's checkpoint directories, oldest first. Staging leftovers are no checkpoints."""
+    """List a run's checkpoint directories, oldest first.
+
+    What a crash has left of a commit or a deletion is no checkpoint. A directory that somebody else has named, such as
+    a copy, comes before all others: it is the last that a resume would use.
+    """
     if not root.is_dir():
         return []
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    directories = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return sorted(directories, key=lambda path: (place_of(path.name) or (), path.name))
 
 
 def newest(root: Path) -> Checkpoint | None:
@@ -122,9 +134,8 @@ def newest(root: Path) -> Checkpoint | None:
     Raises:
         UserError: If there are checkpoints and none verifies; a run never starts fresh in place of a resume.
     """
-    directories = committed(root)
     problems: list[str] = []
-    for directory in reversed(directories):
+    for directory in reversed(committed(root)):
         try:
             return verify(directory)
         except CheckpointError as error:
@@ -139,23 +150,86 @@ def newest(root: Path) -> Checkpoint | None:
     return None
 
 
-def retain(root: Path, *, keep: int) -> None:
-    """Delete all but the newest checkpoints, after the newest has been verified.
+def retain(root: Path, latest: Checkpoint, *, choose: Callable[[Sequence[Checkpoint]], Collection[str]]) -> None:
+    """Delete the checkpoints that are no longer needed, after the latest has been verified.
+
+    Args:
+        root: The run's `checkpoints/` directory.
+        latest: The one committed last; always kept. Any that sorts behind it was passed over when the run resumed.
+        choose: Given the checkpoints of a run, oldest first and ending with the latest, names those to keep. Damaged
+            ones and earlier attempts are not among them, so they take nobody's place.
 
     Raises:
-        CheckpointError: If the newest one does not verify; nothing is deleted then.
+        CheckpointError: If the latest one does not verify; nothing is deleted then.
     """
-    directories = committed(root)
-    if directories:
-        verify(directories[-1])
-    for directory in directories[: -max(1, keep)]:
-        shutil.rmtree(directory)
+    verify(latest.directory)
+    directories = [path for path in committed(root) if place_of(path.name) is not None]
+    older = directories[: directories.index(latest.directory)]
+    by_place = {(place_of(path.name) or ())[:2]: found for path in older if (found := _glance(path)) is not None}
+    by_place.pop((place_of(latest.name) or ())[:2], None)
+    keep = {latest.name, *choose([*by_place.values(), latest])}
+    for directory in directories:
+        if directory.name not in keep:
+            _discard(directory)
+    tidy(root)
 
 
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file())
+def tidy(root: Path) -> None:
+    """Remove what crashes have left of commits and deletions. Call it when the checkpoint to go on from has verified.
+
+    Args:
+        root: The run's `checkpoints/` directory; need not exist.
+    """
+    if not root.is_dir():
+        return
+    for path in root.iterdir():
+        if path.name.startswith((_STAGING, _DISCARDED)):
+            _remove(path)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _checkpoint(directory: Path, found: manifest.Manifest) -> Checkpoint:
+    try:
+        driver = json.loads((directory / DRIVER_STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory}: {DRIVER_STATE} cannot be read: {error}") from None
+    if DRIVER_STATE not in found.files or not isinstance(driver, dict):
+        raise CheckpointError(f"{directory}: {DRIVER_STATE} holds no driver's state")
+    return Checkpoint(directory=directory, driver=driver, config_hash=found.config_hash)
+
+
+def _glance(directory: Path) -> Checkpoint | None:
+    """Read a checkpoint's driver state, checking all but the content of the large files."""
+    try:
+        found = manifest.read(directory)
+        manifest.check_hashes(directory, found, {DRIVER_STATE} & set(found.files))
+        return _checkpoint(directory, found)
+    except CheckpointError as error:
+        _LOG.warning("a damaged checkpoint is not counted among those kept: %s", error)
+        return None
+
+
+def _free(root: Path, name: str) -> Path:
+    attempt, target = 1, root / name
+    while os.path.lexists(target):
+        attempt += 1
+        target = root / f"{name}.{attempt:02d}"
+    return target
+
+
+def _discard(directory: Path) -> None:
+    """Take a checkpoint's name away for good before the first of its files, so that half of it is never a candidate."""
+    hidden = directory.with_name(f"{_DISCARDED}{directory.name}-{uuid.uuid4().hex[:8]}")
+    directory.rename(hidden)
+    sync(directory.parent)
+    _remove(hidden)
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    except OSError as error:
+        # It is nobody's checkpoint any more; a file that is still open somewhere must not end the run.
+        _LOG.warning("%s cannot be removed yet: %s", path, error)

@@ -293,30 +293,35 @@ def export(
 
 @ckpt_app.command("ls")
 def ckpt_ls(run: _RunDir) -> None:
-    """List a run's checkpoints."""
-    from cluster.checkpoint import committed
+    """List a run's checkpoints: where each stands, whether it verifies, and which one a resume would use."""
+    from cluster.checkpoint_list import table
 
-    _run_config(run)
-    for directory in committed(run / "checkpoints"):
-        _console.print(str(directory), highlight=False)
+    config = load(_run_config(run))
+    _console.print(table(run / "checkpoints", config))
 
 
 @ckpt_app.command("verify")
-def ckpt_verify(run: _RunDir) -> None:
-    """Check every file of every checkpoint of a run against its manifest."""
+def ckpt_verify(
+    run: _RunDir,
+    name: Annotated[str | None, typer.Argument(help="One checkpoint's name; all of them if not given.")] = None,
+) -> None:
+    """Check every file of a run's checkpoints against its manifest; exit with 2 if any is damaged."""
     from cluster.checkpoint import CheckpointError, committed, verify
 
     _run_config(run)
+    found = {directory.name: directory for directory in committed(run / "checkpoints")}
+    if name is not None and name not in found:
+        raise ConfigError(f"{run} holds no checkpoint {name}; it has {', '.join(found) or 'none'}")
     failed = False
-    for directory in committed(run / "checkpoints"):
+    for directory in found.values() if name is None else [found[name]]:
         try:
             verify(directory)
-            _console.print(f"ok    {directory}", highlight=False)
+            _console.print(f"ok    {directory}", highlight=False, markup=False, soft_wrap=True)
         except CheckpointError as error:
             failed = True
-            _console.print(f"FAIL  {error}", highlight=False, markup=False)
+            _console.print(f"FAIL  {error}", highlight=False, markup=False, soft_wrap=True)
     if failed:
-        raise typer.Exit(EXIT_FAILED)
+        raise typer.Exit(EXIT_USER)
 
 
 @data_app.command("inspect")

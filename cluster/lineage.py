@@ -49,6 +49,20 @@ def read(path: Path) -> list[Artefact]:
     return [Artefact(**{**entry, "parents": tuple(entry["parents"])}) for entry in entries.values()]
 
 
+def referred(path: Path, *, below: str) -> set[str]:
+    """Find what the lineage refers to in one part of the run directory.
+
+    Args:
+        path: The run's lineage.json.
+        below: A directory of the run, such as `checkpoints`.
+
+    Returns:
+        The names below it that are artefacts or that artefacts were made from.
+    """
+    mentioned = {name for artefact in read(path) for name in (artefact.name, *artefact.parents)}
+    return {name.split("/")[1] for name in mentioned if name.startswith(f"{below}/")}
+
+
 def sha256(content: bytes) -> str:
     """Hash what an artefact was made from."""
     return hashlib.sha256(content).hexdigest()

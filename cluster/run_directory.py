@@ -10,7 +10,7 @@ from pathlib import Path
 from configs.load import ConfigError, config_hash, dump, load
 from configs.run import RunConfig
 from protocol.errors import UserError
-from protocol.files import write_text
+from protocol.files import make_directory, write_text
 
 _LOCK = ".lock"
 
@@ -151,7 +151,7 @@ def claim(config: RunConfig) -> RunDirectory:
     if directory.config.exists():
         check_same(directory, config)
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
         if not directory.config.exists():
             write_text(directory.config, f"# config {config_hash(config)}\n{dump(config)}")
     except OSError as error:
@@ -170,17 +170,37 @@ def check_same(directory: RunDirectory, config: RunConfig) -> None:
         UserError: Naming the first values that differ.
     """
     try:
-        earlier = load(directory.config)
+        differing = differences(directory.config, config)
     except ConfigError as error:
         raise UserError(f"the configuration of the run that is there cannot be read: {error}") from None
+    if differing:
+        raise UserError(
+            f"the directory holds a run with another configuration: {'; '.join(differing[:4])}",
+            where=str(directory.root),
+            next_step="give the new run another name with run.name=NAME, or continue the old one with "
+            f"`rondo resume {directory.root}`",
+        )
+
+
+def differences(stored: Path, config: RunConfig) -> list[str]:
+    """Compare a stored configuration with one in use, both as this version understands them.
+
+    Args:
+        stored: A configuration file.
+        config: The configuration in use.
+
+    Returns:
+        The values that differ; none if the two have one hash. Where the run is kept does not count.
+
+    Raises:
+        ConfigError: If the stored one cannot be read.
+    """
+    earlier = load(stored)
     if config_hash(earlier) == config_hash(config):
-        return
-    differing = _differences(earlier.model_dump(mode="json"), config.model_dump(mode="json"))
-    raise UserError(
-        f"the directory holds a run with another configuration: {'; '.join(differing[:4])}",
-        where=str(directory.root),
-        next_step="give the new run another name with run.name=NAME, or continue the old one with "
-        f"`rondo resume {directory.root}`",
+        return []
+    unplaced = {"run": {"dir"}}
+    return _differences(
+        earlier.model_dump(mode="json", exclude=unplaced), config.model_dump(mode="json", exclude=unplaced)
     )
 
 

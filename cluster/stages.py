@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import checkpoint, evaluation, guards, lineage, schedule
+from cluster import checkpoint, evaluation, guards, lineage, resumption, retention, schedule
 from cluster.collection import Collection
 from cluster.crew import Crew
 from cluster.driver import Roles
@@ -107,7 +107,7 @@ class RunStages:
         state = RunState()
         if self.directory.state.exists():
             state = RunState.from_json(json.loads(self.directory.state.read_text()))
-        self._resumed = checkpoint.newest(self.directory.checkpoints)
+        self._resumed = resumption.newest(self.directory.checkpoints, self.config)
         if self._resumed is not None:
             saved = RunState.from_json(self._resumed.driver["state"])
             _LOG.info("the newest checkpoint is %s", self._resumed.directory)
@@ -125,6 +125,7 @@ class RunStages:
                 where=str(self.directory.checkpoints),
                 next_step="restore one from a copy, or move the run directory away to start again",
             )
+        checkpoint.tidy(self.directory.checkpoints)
         self._state = state
         self.incidents.at(state)
         return state
@@ -324,16 +325,24 @@ class RunStages:
         def write_parts(staging: Path) -> None:
             (staging / "learner").mkdir()
             self.crew.learner.save(staging / "learner")
+            resumption.write_config(staging, self.config)
 
         root = self.directory.checkpoints
         self._resumed = checkpoint.commit(
             root,
-            f"r{state.round:03d}-i{state.iteration:06d}",
+            checkpoint.name_of(round=state.round, iteration=state.iteration),
             driver={"state": state.to_json(), "prompts": prompts},
             config_hash=config_hash(self.config),
             write_parts=write_parts,
         )
-        checkpoint.retain(root, keep=self.config.cluster.checkpoints_kept)
+        referred = lineage.referred(self.directory.lineage, below=root.name)
+        checkpoint.retain(
+            root,
+            self._resumed,
+            choose=lambda found: retention.kept(
+                found, self.config.cluster, best_version=state.best_version, referred=referred
+            ),
+        )
 
     def _card(self, state: RunState) -> dict[str, Any]:
         return {

@@ -54,3 +54,12 @@ class ClusterConfig(Section):
     """How often the learner's ranks may be started again, all together, from the last checkpoint."""
     checkpoint_period_iterations: PositiveInt = 20
     checkpoints_kept: PositiveInt = 2
+    """The newest so many checkpoints are kept. Each holds the optimizers' state too, several times the models' size."""
+    round_end_checkpoints_kept: NonNegativeInt = 1
+    """So many checkpoints of the ends of rounds, the newest, are kept besides."""
+    best_policy_checkpoint_kept: bool = False
+    """Keep the checkpoint of the round that ended with the ladder's best policy. The policy itself is always kept, in
+    policies/; the checkpoint adds the critic and the optimizers' state."""
+    every_nth_checkpoint_kept: PositiveInt | None = None
+    """Keep every n-th checkpoint of a round for good: the one after every n x checkpoint_period_iterations
+    iterations."""

@@ -39,6 +39,22 @@ def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
     write_text(path, json.dumps(values, indent=2))
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it that are missing, and see its name to the disk."""
+    if not path.is_dir():
+        if not path.parent.is_dir():
+            make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+    # Whoever made it may have died before its name was on the disk.
+    sync(path.parent)
+
+
+def sync_tree(directory: Path) -> None:
+    """See a directory, and all files and directories below it, to the disk."""
+    for path in (*sorted(directory.rglob("*")), directory):
+        sync(path)
+
+
 def sync(path: Path) -> None:
     """See a file's content, or a directory's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

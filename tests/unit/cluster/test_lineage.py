@@ -24,3 +24,12 @@ def test_artefacts_are_kept_in_order_and_recording_again_changes_nothing(tmp_pat
     lineage.note(path, reward)
     assert lineage.read(path) == [policy, reward]
     assert path.stat().st_mtime_ns == before
+
+
+def test_what_the_lineage_refers_to_is_found_among_names_and_parents(tmp_path: Path) -> None:
+    path = tmp_path / "lineage.json"
+    assert lineage.referred(path, below="checkpoints") == set()
+    parents = ("checkpoints/r001-i000002/learner", "policies/v000")
+    lineage.note(path, Artefact(name="policies/v001", kind="policy", round=1, config="abc", parents=parents))
+    assert lineage.referred(path, below="checkpoints") == {"r001-i000002"}
+    assert lineage.referred(path, below="policies") == {"v000", "v001"}

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.files import staged, write_json, write_text
+from protocol.files import make_directory, staged, write_json, write_text
 
 
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
@@ -41,3 +41,14 @@ def test_a_process_that_died_while_writing_stands_in_nobodys_way(tmp_path: Path)
     leftover.write_text("half of something much longer than what is written next")
     write_text(path, "newer\n")
     assert path.read_text() == "newer\n"
+
+
+def test_a_directory_is_made_with_those_above_it_and_may_be_there_already(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "mine" / "checkpoints"
+    make_directory(path)
+    (path / "kept").touch()
+    make_directory(path)
+    assert [found.name for found in path.iterdir()] == ["kept"]
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        make_directory(tmp_path / "file" / "below")

@@ -1,0 +1,66 @@
+"""What a run goes on from: its newest checkpoint that verifies, if it is one of the run's own configuration."""
+
+from pathlib import Path
+
+from cluster import checkpoint
+from cluster.checkpoint import Checkpoint
+from cluster.run_directory import differences
+from configs.load import ConfigError, config_hash, dump
+from configs.run import RunConfig
+from protocol.errors import UserError
+
+_CONFIG = "config.yaml"
+
+
+def write_config(staging: Path, config: RunConfig) -> None:
+    """Put the configuration into a checkpoint, so that a difference can be named."""
+    (staging / _CONFIG).write_text(dump(config), encoding="utf-8")
+
+
+def newest(root: Path, config: RunConfig) -> Checkpoint | None:
+    """Find the checkpoint that a resume uses.
+
+    Args:
+        root: The run's `checkpoints/` directory.
+        config: The run's configuration.
+
+    Returns:
+        The newest that verifies, or None for a run without checkpoints.
+
+    Raises:
+        UserError: If none verifies, or the newest that does is of another configuration.
+    """
+    found = checkpoint.newest(root)
+    if found is None:
+        return None
+    differing = config_differences(found, config)
+    if differing:
+        raise UserError(
+            f"the checkpoint is of another configuration: {'; '.join(differing[:4])}",
+            where=str(found.directory),
+            cause="the run's config.yaml was edited, or the checkpoint was copied here from another run",
+            next_step=f"restore the configuration with `cp {found.directory / _CONFIG} {root.parent / _CONFIG}`, or "
+            "start a run of another name with the new one",
+        )
+    return found
+
+
+def config_differences(found: Checkpoint, config: RunConfig) -> list[str]:
+    """Compare a checkpoint's configuration with the run's.
+
+    Args:
+        found: A checkpoint that has been verified.
+        config: The run's configuration.
+
+    Returns:
+        What differs; empty for the same configuration, also if it was written before some of today's keys existed.
+    """
+    if found.config_hash == config_hash(config):
+        return []
+    stored = found.directory / _CONFIG
+    if not stored.is_file():
+        return [f"its hash is {found.config_hash}, the run's is {config_hash(config)}"]
+    try:
+        return differences(stored, config)
+    except ConfigError as error:
+        return [f"it cannot be read: {error}"]
