@@ -127,7 +127,7 @@ def _merged(override: Any, general: dict[str, Any]) -> Any:
 class RoundsConfig(Section):
     """The schedule of rounds; `overrides` changes single ones."""
 
-    count: Annotated[int, Field(gt=0, le=1000)] = 1
+    count: Annotated[int, Field(gt=0, le=500)] = 1
     iterations: PositiveInt = 100
     """Iterations (generate, score, learn, publish) in each round."""
     collect: CollectConfig = CollectConfig()

@@ -12,9 +12,10 @@ from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent, ScalarEvent
 
-MAX_BYTES = 256 * 1024
+MAX_BYTES = 1024 * 1024
+"""A run writes out every default of every round that differs; the longest schedule stays below both bounds."""
 MAX_DEPTH = 32
-_MAX_VALUES = 10_000
+_MAX_VALUES = 50_000
 _MAX_BITS = 1024
 
 

@@ -59,7 +59,7 @@ _TEXTS: tuple[tuple[str, str, str], ...] = (
     ("ten megabytes of a list", "KiB", "run: [" + "1, " * 3_500_000 + "]\n"),
     ("ten megabytes of one word", "KiB", "run: " + "x" * 10_000_000),
     ("ten megabytes of lines", "KiB", "run: 1\n" * 1_500_000),
-    ("a list of 50 000", "more than", "run: [" + "1, " * 50_000 + "]\n"),
+    ("a list of 100 000", "more than", "run: [" + "1, " * 100_000 + "]\n"),
     ("a JSON Lines file", "not valid YAML", '{"prompt": "a"}\n{"prompt": "b"}\n'),
 )
 
