@@ -328,8 +328,8 @@ def ckpt_verify(
 def data_inspect(
     source: Annotated[str, typer.Argument(help="A .jsonl or .parquet file, a hub id, or package.module:callable.")],
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer's directory, for lengths in tokens.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Count what is longer than this.")] = None,
-    limit: Annotated[int, typer.Option(help="Read at most so many rows.")] = 10_000,
+    max_tokens: Annotated[int | None, typer.Option(help="Count what is longer than this.", min=1)] = None,
+    limit: Annotated[int, typer.Option(help="Read at most so many rows.", min=1)] = 10_000,
 ) -> None:
     """Show what a data set is: detected type, examples, lengths, and what would be dropped or truncated and why."""
     from cluster.inspect import inspect, render

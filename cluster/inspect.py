@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from protocol.datasets import ReadReport, peek, read_records
+from protocol.errors import UserError
 from protocol.records import (
     DemonstrationRecord,
     PreferenceRecord,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 PERCENTILES = (0, 50, 90, 99, 100)
 _NUM_EXAMPLES = 3
+_SHOWN = 4000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,14 +84,17 @@ def inspect(
     report = ReadReport(source=source)
     sizes: dict[tuple[str, str], list[int]] = {}
     examples: list[tuple[tuple[str, str], ...]] = []
-    for record in read_records(source, count=limit, report=report):
+    for number, record in enumerate(read_records(source, count=limit, report=report), start=1):
         parts = list(_parts(record))
         if len(examples) < _NUM_EXAMPLES:
             examples.append(tuple((name, _written(text)) for name, text in parts))
         for name, text in parts:
             sizes.setdefault((name, "characters"), []).append(_num_characters(text))
             if loaded is not None:
-                sizes.setdefault((name, "tokens"), []).append(_num_tokens(loaded, name, text))
+                try:
+                    sizes.setdefault((name, "tokens"), []).append(_num_tokens(loaded, name, text))
+                except UserError as error:
+                    raise error.at(f"{source}, {name} of record {number}") from error
     num_rows = report.num_kept + report.num_dropped
     limited_unit = "characters" if loaded is None else "tokens"
     return DataSummary(
@@ -195,6 +200,7 @@ def _example_panel(number: int, example: tuple[tuple[str, str], ...]) -> "Render
     shown = RichText()
     for name, text in example:
         shown.append(f"{name}\n", style="bold")
-        shown.append(f"{text}\n")
+        shown.append(text[:_SHOWN])
+        shown.append(f"... ({len(text)} characters)\n" if len(text) > _SHOWN else "\n")
     shown.rstrip()
     return Panel(shown, title=f"example {number}", title_align="left")

@@ -94,7 +94,7 @@ def import_labels(
     run: _RunDir,
     source: Annotated[Path, typer.Argument(help="The file to read.")],
     kind: _Format = "jsonl",
-    round: Annotated[int, typer.Option(help="The round they belong to.")] = 1,
+    round: Annotated[int, typer.Option(help="The round they belong to.", min=0, max=1_000_000)] = 1,
 ) -> None:
     """Add labels from a file to RUN's store; those that are there already change nothing.
 
@@ -102,6 +102,7 @@ def import_labels(
     """
     from protocol.datasets import ReadReport
     from reward_service.preferences.exchange import read_import
+    from reward_service.preferences.store import LabelRefused
 
     if not source.is_file():
         raise ConfigError(f"{source} is no file")
@@ -110,8 +111,10 @@ def import_labels(
     report = ReadReport(source=str(source))
     tasks, labels = read_import(source, format=_format(kind, (*_FORMATS, "kwise")), round=round, report=report)
     with _store(run) as store:
-        new_tasks = store.add_tasks(tasks)
-        new_labels = store.record_all(labels, now=time.time())
+        try:
+            new_tasks, new_labels = store.add_labeled(tasks, labels, now=time.time())
+        except LabelRefused as refused:
+            raise ConfigError(f"{source}: nothing was added, because {refused}; correct or remove that label") from None
     CONSOLE.print(
         f"{source}: {report.summary()}; {new_tasks} tasks and {new_labels} labels are new",
         markup=False,

@@ -45,7 +45,10 @@ def encode_prompts(
     names: dict[str, int] = {}
     for number, record in enumerate(records, start=1):
         where = f"prompt {number}" if record.record_id is None else f"prompt {number} (id {record.record_id})"
-        token_ids = encode_prompt(tokenizer, record.prompt)
+        try:
+            token_ids = encode_prompt(tokenizer, record.prompt)
+        except UserError as error:
+            raise error.at(where) from error
         if len(token_ids) > max_tokens:
             if overlong == "error":
                 raise _too_long(where, len(token_ids), max_tokens)

@@ -1,8 +1,9 @@
 """The base of every configuration section, and the few field types that several sections share."""
 
 from typing import Annotated
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -13,11 +14,35 @@ class Section(BaseModel):
     )
 
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+MAX_INT = 2**63 - 1
+"""What a 64-bit integer holds: of a greater number neither an array nor a seed could be made."""
+
+PositiveInt = Annotated[int, Field(gt=0, le=MAX_INT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INT)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+"""A bound of a wait. The operating system's clocks count no further than a few hundred years."""
+
+Temperature = Annotated[float, Field(ge=0.01, le=2)]
+"""A sampling temperature. vLLM takes a lower one for 0.01 and refuses a higher one."""
+
+Location = Annotated[str, Field(min_length=1)]
+"""A path or a hub id; an empty one would be the working directory."""
 
 DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """A Python object as `package.module:name`."""
+
+
+def _http_address(url: str) -> str:
+    parts = urlsplit(url)
+    # Reading the port checks it.
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+        raise ValueError(f"{url!r} is no http or https address")
+    return url
+
+
+HTTPAddress = Annotated[str, AfterValidator(_http_address)]

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from configs.base import NonNegativeInt, PositiveFloat, PositiveInt, Section
+from configs.base import NonNegativeInt, PositiveFloat, PositiveInt, Seconds, Section
 
 
 class RolePlacementConfig(Section):
@@ -24,20 +24,20 @@ class PlacementConfig(Section):
 class DeadlinesConfig(Section):
     """Upper bounds of every wait, in seconds."""
 
-    placement_s: PositiveFloat = 60.0
+    placement_s: Seconds = 60.0
     """Until the cluster has granted all placement groups."""
-    start_s: PositiveFloat = 600.0
+    start_s: Seconds = 600.0
     """Until a worker has loaded its model."""
-    silence_s: PositiveFloat = 120.0
+    silence_s: Seconds = 120.0
     """A worker that owes something and neither delivers nor answers for so long is taken for lost and replaced."""
-    generate_s: PositiveFloat = 1800.0
-    score_s: PositiveFloat = 600.0
-    stage_s: PositiveFloat = 259_200.0
+    generate_s: Seconds = 1800.0
+    score_s: Seconds = 600.0
+    stage_s: Seconds = 259_200.0
     """A whole supervised stage (SFT or reward modelling)."""
-    learn_s: PositiveFloat = 3600.0
+    learn_s: Seconds = 3600.0
     """The update of one iteration."""
-    publish_s: PositiveFloat = 600.0
-    checkpoint_s: PositiveFloat = 1800.0
+    publish_s: Seconds = 600.0
+    checkpoint_s: Seconds = 1800.0
 
 
 class ClusterConfig(Section):

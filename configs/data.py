@@ -2,13 +2,13 @@
 
 from typing import Literal
 
-from configs.base import PositiveInt, Section
+from configs.base import Location, PositiveInt, Section
 
 
 class SourceConfig(Section):
     """One data set: a file, a hub id, or a Python generator."""
 
-    source: str
+    source: Location
     """A .jsonl or .parquet file (or a directory or glob of them), a hub id, or `package.module:callable`."""
     split: str = "train"
     """The split to read from a hub data set."""

@@ -4,7 +4,18 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from configs.base import DottedPath, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from configs.base import (
+    DottedPath,
+    Fraction,
+    HTTPAddress,
+    Location,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seconds,
+    Section,
+)
 from configs.data import SourceConfig
 
 
@@ -14,15 +25,15 @@ class PeopleConfig(Section):
     kind: Literal["people"] = "people"
     overlap: PositiveInt = 1
     """Labelers a task."""
-    lease_s: PositiveFloat = 900.0
+    lease_s: Seconds = 900.0
     """How long a task stays with the labeler it was shown to before somebody else may have it."""
     min_labels: PositiveInt | None = None
     """Go on as soon as so many tasks of the round are done; all of them if not given."""
-    max_wait_s: PositiveFloat | None = None
+    max_wait_s: Seconds | None = None
     """Wait no longer than this; for ever if not given."""
     on_timeout: Literal["continue", "stop"] = "stop"
     """After `max_wait_s`: go on with the labels that are there, or stop; the same command waits again."""
-    poll_s: PositiveFloat = 5.0
+    poll_s: Seconds = 5.0
     guidelines: str | None = None
     """A text file shown beside every task; a short built-in one if not given."""
     ask_ratings: bool = False
@@ -65,7 +76,7 @@ class RewardModelLabelerConfig(Section):
     """A reward model that labels: the one with the higher score wins."""
 
     kind: Literal["reward_model"] = "reward_model"
-    path: str
+    path: Location
     """A Hugging Face directory or hub id."""
     tie_below: NonNegativeFloat = 0.0
 
@@ -74,27 +85,21 @@ class JudgeConfig(Section):
     """A language model as judge, asked twice with the order swapped; where it disagrees with itself it is a tie."""
 
     kind: Literal["judge"] = "judge"
-    url: str | None = None
+    url: HTTPAddress | None = None
     """An OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1."""
-    model: str
+    model: Location
     """The model's name at the endpoint; without `url` a directory or hub id for this run's own rollout workers."""
     token_env: str | None = None
     """Environment variable that holds the bearer token."""
     template: str | None = None
     """A Jinja2 file with the question; it gets `prompt`, `first`, `second` and must ask for A, B or TIE."""
-    timeout_s: PositiveFloat = 60.0
+    timeout_s: Seconds = 60.0
     attempts: PositiveInt = 4
     """Tries for an answer that did not come (time-outs, 429, 5xx), with growing pauses."""
     concurrency: PositiveInt = 8
     max_answer_tokens: PositiveInt = 512
     max_invalid_fraction: Fraction = 0.1
     """More invalid labels than this stop the round."""
-
-    @model_validator(mode="after")
-    def _url_is_http(self) -> Self:
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url = {self.url!r} is no http or https address")
-        return self
 
 
 AutomaticLabelerConfig = SimulatedLabelerConfig | RewardModelLabelerConfig | JudgeConfig

@@ -6,12 +6,14 @@ from pydantic import Field
 
 from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(Section):
     """AdamW and its schedule, counted in optimiser steps."""
 
     learning_rate: PositiveFloat = 1e-6
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -2,22 +2,23 @@
 
 import difflib
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
+from configs import yaml_tree
 from configs.algorithm import AlgorithmConfig
 from configs.run import RunConfig
 
 PRESETS = Path(__file__).parent / "presets"
 _LOG = logging.getLogger(__name__)
+_SHOWN = 120
+_NEXT = "Next: correct this and try again with --dry-run, which checks everything here and starts nothing"
 
 
 class ConfigError(Exception):
@@ -45,9 +46,8 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         # Strict JSON mode takes a YAML list where a tuple is declared, and coerces nothing else.
         return RunConfig.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise ConfigError(_explain(error, path)) from None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        source_named = f"{path} with {len(overrides)} override{'s' * (len(overrides) > 1)}" if overrides else str(path)
+        raise ConfigError(_explain(error, source_named)) from None
 
 
 def resolve(source: str | Path) -> Path:
@@ -57,8 +57,13 @@ def resolve(source: str | Path) -> Path:
         ConfigError: If there is neither.
     """
     path = Path(source)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise ConfigError(f"{path} is a directory; name the configuration file in it")
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError(f"{str(source)[:80]} can not be read: {error.strerror}; check the path") from None
     preset = PRESETS / f"{path.name.removesuffix('.yaml')}.yaml"
     if path.parent == Path() and preset.is_file():
         return preset
@@ -68,11 +73,7 @@ def resolve(source: str | Path) -> Path:
 
 def dump(config: RunConfig) -> str:
     """Write a configuration as YAML that `load` reads back to an equal one."""
-    yaml = YAML()
-    yaml.default_flow_style = False
-    stream = io.StringIO()
-    yaml.dump(config.model_dump(mode="json"), stream)  # pyright: ignore[reportUnknownMemberType]
-    return stream.getvalue()
+    return yaml_tree.write(config.model_dump(mode="json"))
 
 
 def config_hash(config: RunConfig) -> str:
@@ -87,11 +88,15 @@ def config_hash(config: RunConfig) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree: object = YAML(typ="safe", pure=True).load(path.read_text())  # pyright: ignore[reportUnknownMemberType]
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        with path.open("rb") as file:
+            text = file.read(yaml_tree.MAX_BYTES + 1).decode("utf-8-sig")  # one more, so that `parse` sees the excess
+        tree: object = yaml_tree.parse(text)
+    except OSError as error:
+        raise ConfigError(f"{path} can not be read: {error.strerror}; check the path") from None
+    except (yaml_tree.UnreadableYAML, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}\n{_NEXT}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds no sections; the first line would be `run:`")
+        raise ConfigError(f"{path} holds no sections; write them as in `rondo init`, beginning with `run:`")
     return cast(dict[str, Any], tree)
 
 
@@ -99,12 +104,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     """Set one value; a dotted key creates the sections on its way, and validation judges the names."""
     key, separator, text = override.partition("=")
     keys = key.strip().split(".")
-    if not separator or not all(keys):
-        raise ConfigError(f"cannot read the override {override!r}; write section.key=value")
+    if not separator or not all(keys) or not key.isprintable() or len(keys) > yaml_tree.MAX_DEPTH:
+        raise ConfigError(f"cannot read the override {_shortened(override)}; write section.key=value")
     try:
-        value: object = YAML(typ="safe", pure=True).load(text)  # pyright: ignore[reportUnknownMemberType]
-    except YAMLError as error:
-        raise ConfigError(f"cannot read the value of {key}: {error}") from None
+        value: object = yaml_tree.parse(text)
+    except yaml_tree.UnreadableYAML as error:
+        raise ConfigError(f"cannot read the value of {key}: {error}\n{_NEXT}") from None
     if keys == ["algorithm", "name"] and isinstance(tree.get("algorithm"), dict):
         tree["algorithm"] = _for_algorithm(cast(dict[str, Any], tree["algorithm"]), str(value))
     node = tree
@@ -113,7 +118,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[name] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"cannot set {key}: {name} is a value, not a section")
+            raise ConfigError(f"cannot set {key}: {name} is a value, not a section; set the whole of it, {name}=...")
         node = cast(dict[str, Any], child)
     node[keys[-1]] = value
 
@@ -132,13 +137,14 @@ def _for_algorithm(section: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key in known} | {"name": name}
 
 
-def _explain(error: ValidationError, path: Path) -> str:
+def _explain(error: ValidationError, source: str) -> str:
     """Say for every problem where it is and what would be right."""
     count = error.error_count()
-    lines = [f"{path}: {count} problem{'s' if count > 1 else ''} in the configuration"]
+    lines = [f"{source}: {count} problem{'s' if count > 1 else ''} in the configuration"]
     for problem in error.errors(include_url=False):
         location, models = _walk(problem["loc"])
         prefix = f"  {location}: " if location else "  "
+        context = problem.get("ctx", {})
         match problem["type"]:
             case "extra_forbidden":
                 lines.append(f"{prefix}unknown key{_suggestion(str(problem['loc'][-1]), models)}")
@@ -146,9 +152,20 @@ def _explain(error: ValidationError, path: Path) -> str:
                 lines.append(f"{prefix}missing")
             case "value_error":
                 lines.append(prefix + problem["msg"].removeprefix("Value error, "))
+            case "union_tag_not_found":
+                lines.append(f"{prefix}{context['discriminator']} is missing, which says what this section holds")
+            case "union_tag_invalid":
+                lines.append(
+                    f"{prefix}{context['discriminator']} should be {context['expected_tags']}, not {context['tag']!r}"
+                )
             case _:
-                lines.append(f"{prefix}{problem['msg']}, not {problem['input']!r}")
-    return "\n".join(lines)
+                lines.append(f"{prefix}{problem['msg']}, not {_shortened(problem['input'])}")
+    return "\n".join([*lines, _NEXT])
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
 def _walk(loc: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
@@ -173,10 +190,22 @@ def _walk(loc: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
 
 
 def _suggestion(key: str, models: Sequence[type[BaseModel]]) -> str:
-    """Name the nearest known key of a section, or all of them."""
+    """Name the known keys of a section that are one typing error away, or else the nearest one, or else all."""
     known = sorted({name for model in models for name in model.model_fields})
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(known)}"
+    near = [name for name in known if _is_one_edit(key, name)] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; known here: {', '.join(known)}"
+
+
+def _is_one_edit(left: str, right: str) -> bool:
+    """Whether one letter more, less or other, or two neighbours exchanged, makes one word of the other."""
+    left, right = _without_common_start(left, right)
+    left, right = _without_common_start(left[::-1], right[::-1])
+    return max(len(left), len(right)) == 1 or (len(left) == 2 and left == right[::-1])
+
+
+def _without_common_start(left: str, right: str) -> tuple[str, str]:
+    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+    return left[length:], right[length:]
 
 
 def _tag(model: type[BaseModel]) -> object:

@@ -1,10 +1,10 @@
 """Which networks a run starts from."""
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import model_validator
 
-from configs.base import PositiveInt, Section
+from configs.base import Location, PositiveInt, Section
 
 _MIN_HEAD_SIZE = 32
 
@@ -36,7 +36,7 @@ class ScratchModelConfig(Section):
 class PolicyModelConfig(Section):
     """Where the policy comes from: a directory or hub id, or a new one."""
 
-    path: str | None = None
+    path: Location | None = None
     """A Hugging Face directory or hub id with weights and tokenizer."""
     scratch: ScratchModelConfig | None = None
 
@@ -50,7 +50,7 @@ class PolicyModelConfig(Section):
 class RewardModelConfig(Section):
     """Where the reward model comes from."""
 
-    init: Literal["sft", "none"] | str = "sft"
+    init: Location = "sft"
     """What training starts from: `sft` (the supervised policy's trunk), or a directory or hub id. `none`: no reward
     model is trained; name finished ones under `scoring.rewards`."""
 
@@ -58,7 +58,7 @@ class RewardModelConfig(Section):
 class CriticModelConfig(Section):
     """Where the critic starts; it is always a network of its own."""
 
-    init: Literal["reward", "policy"] | str = "reward"
+    init: Location = "reward"
     """`reward` (this round's reward model), `policy` (its trunk with a new head), or a directory or hub id."""
 
 
@@ -68,5 +68,5 @@ class ModelsConfig(Section):
     policy: PolicyModelConfig
     reward: RewardModelConfig = RewardModelConfig()
     critic: CriticModelConfig = CriticModelConfig()
-    reference: Literal["sft"] | str = "sft"
+    reference: Location = "sft"
     """The frozen reference of the KL penalty: the supervised policy, or a directory or hub id."""

@@ -4,7 +4,15 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from configs.base import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Section,
+    Temperature,
+)
 
 
 class RolloutConfig(Section):
@@ -24,8 +32,8 @@ class RolloutConfig(Section):
     max_response_tokens: PositiveInt = 128
 
     decoding: Literal["sample", "greedy"] = "sample"
-    temperature: PositiveFloat = 1.0
-    top_p: Fraction = 1.0
+    temperature: Temperature = 1.0
+    top_p: PositiveFraction = 1.0
     top_k: NonNegativeInt = 0
     """Keep only so many of the likeliest tokens; 0 keeps all."""
     truncated_sampling: Literal["refuse", "allow"] = "refuse"
@@ -36,7 +44,7 @@ class RolloutConfig(Section):
     max_concurrent_sequences: PositiveInt = 128
     kv_cache_gib: PositiveFloat = 1.0
     """KV cache of one worker (CPU backend)."""
-    gpu_memory_fraction: Fraction = 0.85
+    gpu_memory_fraction: PositiveFraction = 0.85
     """Share of each accelerator's memory that an engine may take (CUDA backend)."""
     enforce_eager: bool = True
 

@@ -4,11 +4,13 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Temperature
 from configs.labels import LabelerConfig
 
-PolicyName = Annotated[str, Field(pattern=r"^(sft|current|best|v\d{3,})$")]
+PolicyName = Annotated[str, Field(pattern=r"^(sft|current|best|v[0-9]{3,9})$")]
 """`sft` (version 0), `current` (the last round's), `best` (the ladder's incumbent), or a version such as `v020`."""
+StartName = Annotated[str, Field(pattern=r"^(sft|current|best|previous|v[0-9]{3,9})$")]
+"""What a round may start from: a policy, or `previous` (what it is in the round before)."""
 
 
 class CollectConfig(Section):
@@ -18,7 +20,7 @@ class CollectConfig(Section):
     """Tasks a round; 0 collects nothing and learns from what is there."""
     policies: list[PolicyName] = ["current"]
     """Who writes the responses; several policies are compared with each other."""
-    temperatures: list[PositiveFloat] = [1.0]
+    temperatures: list[Temperature] = [1.0]
     """Dealt out over the responses in turn."""
     responses_per_task: Annotated[int, Field(ge=2, le=9)] = 2
     """2: a pair; 3 to 9: a ranking."""
@@ -102,7 +104,7 @@ class RoundOverride(Section):
     collect: CollectConfig | None = None
     labeler: LabelerConfig | None = None
     mixture: MixtureConfig | None = None
-    init_policy: PolicyName | Literal["previous"] | None = None
+    init_policy: StartName | None = None
     reward_start: Literal["cold", "warm"] | None = None
     guards: GuardsConfig | None = None
 
@@ -125,14 +127,14 @@ def _merged(override: Any, general: dict[str, Any]) -> Any:
 class RoundsConfig(Section):
     """The schedule of rounds; `overrides` changes single ones."""
 
-    count: PositiveInt = 1
+    count: Annotated[int, Field(gt=0, le=500)] = 1
     iterations: PositiveInt = 100
     """Iterations (generate, score, learn, publish) in each round."""
     collect: CollectConfig = CollectConfig()
     labeler: LabelerConfig | None = None
     """Who labels what a round collects."""
     mixture: MixtureConfig = MixtureConfig()
-    init_policy: PolicyName | Literal["previous"] = "sft"
+    init_policy: StartName = "sft"
     """What a round's optimisation starts from. Starting again from `sft` is what iterated RLHF found robust."""
     reward_start: Literal["cold", "warm"] = "cold"
     """`cold`: a new reward model from `models.reward.init`; `warm`: from the one before."""
@@ -165,8 +167,10 @@ class RoundsConfig(Section):
 
     @model_validator(mode="after")
     def _overrides_name_rounds(self) -> Self:
+        numbers = {str(number) for number in range(1, self.count + 1)}
         for name in self.overrides:
-            if not name.isdecimal() or not 1 <= int(name) <= self.count:
+            # Only what `of` will look up: "01" would change nothing.
+            if name not in numbers:
                 raise ValueError(f"overrides.{name}: rounds are numbered from 1 to {self.count}")
         return self
 
@@ -230,7 +234,7 @@ class RoundPlan(Section):
     collect: CollectConfig
     labeler: LabelerConfig | None
     mixture: MixtureConfig
-    init_policy: PolicyName | Literal["previous"]
+    init_policy: StartName
     reward_start: Literal["cold", "warm"]
     guards: GuardsConfig
 

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from configs.algorithm import AlgorithmConfig, PPOConfig
-from configs.base import NonNegativeInt, Section
+from configs.base import Location, NonNegativeInt, Section
 from configs.cluster import ClusterConfig
 from configs.data import DataConfig
 from configs.learner import LearnerConfig
@@ -19,8 +19,8 @@ from configs.tracking import TrackingConfig
 class RunSection(Section):
     """What the run is called, where it is kept, and its seed."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]
-    dir: str = "runs"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=64)]
+    dir: Location = "runs"
     """The directory that holds run directories; must outlive the job and, on a cluster, be shared by the nodes."""
     seed: NonNegativeInt = 0
 

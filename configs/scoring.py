@@ -4,7 +4,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from configs.base import DottedPath, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from configs.base import (
+    DottedPath,
+    HTTPAddress,
+    Location,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Seconds,
+    Section,
+)
 
 HELDOUT = "heldout"
 """The component that the held-out reward model's scores are recorded as."""
@@ -15,7 +24,7 @@ class ModelRewardConfig(Section):
 
     kind: Literal["model"] = "model"
     name: str = "reward_model"
-    path: str = "trained"
+    path: Location = "trained"
     """`trained`: the reward model of this run's current round; otherwise a directory or hub id."""
     weight: float = 1.0
 
@@ -37,10 +46,10 @@ class HTTPRewardConfig(Section):
 
     kind: Literal["http"] = "http"
     name: str
-    url: str
+    url: HTTPAddress
     weight: float = 1.0
     normalization: Literal["none", "reference"] = "none"
-    timeout_s: PositiveFloat = 30.0
+    timeout_s: Seconds = 30.0
     attempts: PositiveInt = 3
     token_env: str | None = None
     """Environment variable that holds a bearer token."""

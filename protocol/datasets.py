@@ -4,18 +4,15 @@ A malformed row stops the reading and is named by file and line. A row that is w
 answers) is left out and counted in a `ReadReport`, so nothing disappears silently.
 """
 
-import glob
-import gzip
 import importlib
-import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
+from protocol.data_files import REPAIR, Located, checked_row, file_rows, local_files
 from protocol.errors import UserError
 from protocol.records import (
     DemonstrationRecord,
@@ -31,13 +28,9 @@ from protocol.records import (
 )
 
 _LOG = logging.getLogger(__name__)
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 _GENERATOR = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _NUM_EXAMPLES = 5
 _T = TypeVar("_T")
-
-Located = tuple[str, dict[str, Any]]
-"""Where a row comes from (file and line), and the row."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,7 +95,7 @@ def peek(source: str, *, split: str = "train") -> RecordType:
 
 def is_local(source: str) -> bool:
     """Whether a source is read from this machine: files, or a Python generator."""
-    return _GENERATOR.fullmatch(source) is not None or _local_files(source) is not None
+    return _GENERATOR.fullmatch(source) is not None or local_files(source) is not None
 
 
 def read_records(
@@ -188,7 +181,11 @@ def _located_records(
         counted.keep()
         yield where, record
     if not counted.num_kept:
-        raise UserError(f"no row of the data set can be used: {counted.summary()}", where=source)
+        raise UserError(
+            f"no row of the data set can be used: {counted.summary()}",
+            where=source,
+            next_step="look at the rows named here",
+        )
     if report is None and counted.num_dropped:
         _LOG.warning("%s: %s", source, counted.summary())
 
@@ -207,7 +204,7 @@ def _placed(read: Callable[[Mapping[str, Any]], _T], where: str, row: Mapping[st
     try:
         return read(row)
     except UserError as error:
-        raise error.at(where) from None
+        raise error.at(where, next_step=REPAIR) from None
 
 
 def _located_rows(
@@ -216,105 +213,14 @@ def _located_rows(
     if _GENERATOR.fullmatch(source):
         rows = _generated_rows(source, seed=seed, count=count)
     else:
-        files = _local_files(source)
-        rows = _hub_rows(source, split=split, streaming=streaming) if files is None else _file_rows(files)
+        files = local_files(source)
+        rows = _hub_rows(source, split=split, streaming=streaming) if files is None else file_rows(files)
     num_rows = 0
     for row in islice(rows, count):
         num_rows += 1
         yield row
     if not num_rows:
         raise _empty(source)
-
-
-def _local_files(source: str) -> list[Path] | None:
-    """Return the files that a source names, or None where it can only be a hub id."""
-    path = Path(source).expanduser()
-    if any(letter in source for letter in "*?["):
-        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if name.endswith(_SUFFIXES)]
-    elif path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.name.endswith(_SUFFIXES))
-    elif path.exists() or source.endswith(_SUFFIXES) or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        found = [path] if path.is_file() else []
-    else:
-        return None
-    if not found:
-        raise UserError(
-            "there is no data file here",
-            where=source,
-            cause="the path is wrong" if not path.is_dir() else f"no file ends in {', '.join(_SUFFIXES)}",
-            next_step="check the path; relative paths start at the folder in which the command runs",
-        )
-    return found
-
-
-def _file_rows(files: list[Path]) -> Iterator[Located]:
-    for file in files:
-        if file.name.endswith(".parquet"):
-            yield from _parquet_rows(file)
-        elif file.name.endswith(_SUFFIXES):
-            yield from _json_rows(file)
-        else:
-            raise UserError("the kind of file is not known", where=str(file), next_step=f"use {', '.join(_SUFFIXES)}")
-
-
-def _json_rows(file: Path) -> Iterator[Located]:
-    """Read one object a line, or one array of objects, which some tools write under the same suffix."""
-    opener = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opener(file, "rt", encoding="utf-8-sig") as lines:
-            first = lines.read(1)
-            while first and first.isspace():
-                first = lines.read(1)
-            lines.seek(0)
-            if first == "[":
-                yield from _array_rows(file, lines.read())
-                return
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{file}, line {number}"
-                    yield where, _checked_row(where, _parsed(where, line))
-    except (UnicodeDecodeError, gzip.BadGzipFile) as error:
-        raise UserError("the file can not be read as text", where=str(file), cause=str(error)) from error
-
-
-def _array_rows(file: Path, text: str) -> Iterator[Located]:
-    for number, row in enumerate(_parsed(str(file), text), start=1):
-        where = f"{file}, row {number}"
-        yield where, _checked_row(where, row)
-
-
-def _parsed(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise UserError(
-            f"broken JSON ({error.msg} at {place})",
-            where=where,
-            cause="the file is cut off or was edited by hand",
-            next_step="repair or remove this row",
-        ) from error
-
-
-def _checked_row(where: str, row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise UserError(f"the row is a {type(row).__name__}, not an object with named columns", where=where)
-    return row
-
-
-def _parquet_rows(file: Path) -> Iterator[Located]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(file) as table:
-            number = 0
-            for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", row
-    except pyarrow.ArrowException as error:
-        raise UserError("the Parquet file can not be read", where=str(file), cause=str(error)) from error
 
 
 def _generated_rows(source: str, *, seed: int, count: int | None) -> Iterator[Located]:
@@ -324,7 +230,7 @@ def _generated_rows(source: str, *, seed: int, count: int | None) -> Iterator[Lo
         )
     module, _, name = source.partition(":")
     try:
-        generate = getattr(importlib.import_module(module), name)
+        generate: Callable[..., Iterable[Any]] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(
             "the data generator can not be imported",
@@ -332,9 +238,11 @@ def _generated_rows(source: str, *, seed: int, count: int | None) -> Iterator[Lo
             cause=str(error),
             next_step="check the name; its folder must be the working directory or on PYTHONPATH",
         ) from error
+    if not callable(generate):
+        raise UserError(f"this is a {type(generate).__name__}, not a generator of data", where=source)
     for number, row in enumerate(generate(seed=seed, count=count), start=1):
         where = f"{source}, row {number}"
-        yield where, _checked_row(where, row)
+        yield where, checked_row(where, row)
 
 
 def _hub_rows(source: str, *, split: str, streaming: bool) -> Iterator[Located]:
@@ -367,4 +275,6 @@ def _wrong_type(role: str, needed: str, where: str, record: Record) -> UserError
         RankingRecord: "a ranking",
     }
     found = kinds.get(type(record), "a preference")
-    return UserError(f"the row is {found}, but data.{role} needs {needed}", where=where)
+    return UserError(
+        f"the row is {found}, but data.{role} needs {needed}", where=where, next_step="name another source"
+    )

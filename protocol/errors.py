@@ -24,10 +24,15 @@ class UserError(Exception):
         self.cause = cause
         self.next_step = next_step
 
-    def at(self, where: str) -> "UserError":
-        """Return the same error placed at `where`; a place that is already known is kept behind it."""
+    def at(self, where: str, *, next_step: str | None = None) -> "UserError":
+        """Return the same error placed at `where`; a place that is already known is kept behind it.
+
+        Args:
+            where: The place.
+            next_step: What to do about it, unless the error says that itself.
+        """
         place = where if self.where is None else f"{where}, {self.where}"
-        return UserError(self.what, where=place, cause=self.cause, next_step=self.next_step)
+        return UserError(self.what, where=place, cause=self.cause, next_step=self.next_step or next_step)
 
     def __str__(self) -> str:
         parts = [_sentence(self.what if self.where is None else f"{self.where}: {self.what}")]

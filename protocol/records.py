@@ -7,6 +7,7 @@ implicit prompt, unpaired preference; each as plain strings or as conversations.
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -157,6 +158,8 @@ def normalize(record: Mapping[str, Any]) -> Record:
         UserError: The row is malformed (no prompt, an empty answer, a wrong type).
         UnusableRow: Two transcripts differ in more than their last answer.
     """
+    for column, value in record.items():
+        check_whole(value, column)
     found = detect_type(record)
     if found.kind is RecordKind.IMPLICIT_PREFERENCE:
         return _implicit_preference(record, found.form)
@@ -193,6 +196,24 @@ def text_of(text: Text) -> str:
         return text
     spoken = [message for message in text if message["role"] == "user"] or text
     return spoken[-1]["content"]
+
+
+def check_whole(value: Any, column: str) -> None:
+    """Refuse half of a character (a lone surrogate), which JSON can write but no tokenizer and no file can take."""
+    if isinstance(value, str):
+        # Nearly all text passes here, at no cost.
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise UserError(
+                f"{column} holds half a character",
+                cause="text was cut inside a \\ud83d\\ude00 pair",
+                next_step="write the text again from its source, or remove this row",
+            )
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            check_whole(inner, column)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_whole(inner, column)
 
 
 def _complaint(present: set[str]) -> str:
@@ -330,8 +351,8 @@ def _margin(record: Mapping[str, Any]) -> float | None:
     margin = record.get("margin")
     if margin is None:
         return None
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or margin != margin:
-        raise UserError(f"margin is not a number: {_shortened(margin)}")
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= sys.float_info.max:
+        raise UserError(f"margin is not a number: {_shortened(margin)}", cause="it is text, NaN, infinite or too large")
     return float(margin)
 
 

@@ -261,7 +261,18 @@ def _apply_template(
             where=_name_of(tokenizer),
             next_step="use plain strings as prompts, or a tokenizer with a chat template",
         )
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+    # The library that runs the templates; whoever encodes plain text never needs it.
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+    except TemplateError as error:
+        raise UserError(
+            f"the chat template refuses the conversation: {error}",
+            where=_name_of(tokenizer),
+            cause=f"its turns are {', '.join(message['role'] for message in messages)}",
+            next_step="bring the turns into the order that this model knows, or leave the row out",
+        ) from error
     ids = list(tokenizer.encode(str(text), add_special_tokens=False))
     return _without_double_start(tokenizer, ids)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pyarrow
 from pyarrow import parquet
 
-from protocol.datasets import ReadReport, open_records
+from protocol.datasets import ReadReport
 from protocol.errors import UserError
 from protocol.files import staged
 from reward_service.preferences import inbound, outbound
@@ -105,8 +105,13 @@ def read_import(
         counted.num_kept += len(labels)
         return tasks, labels
     gathering = inbound.Gathering(format=format, round=round, purpose=purpose, report=counted)
-    located = ((f"{path}, row {number}", row) for number, row in enumerate(open_records(str(path)), start=1))
-    _INBOUND[format](located, gathering)
+    _INBOUND[format](inbound.located(path), gathering)
+    if not counted.num_kept:
+        raise UserError(
+            f"no row of the file can be used: {counted.summary()}",
+            where=str(path),
+            next_step="look at the rows named here, or name the format that the file has",
+        )
     if report is None:
         _log_dropped(counted)
     return gathering.result()
@@ -160,7 +165,7 @@ def _everything(source: PreferenceStore | Sequence[LabeledTask]) -> tuple[list[T
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]], *, suffix: str) -> None:
     if suffix == ".parquet":
         try:
-            parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+            parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path, write_page_checksum=True)
         except (pyarrow.ArrowException, UnicodeEncodeError) as error:
             raise UserError(
                 "the rows do not fit into a Parquet file",

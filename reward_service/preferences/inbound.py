@@ -5,14 +5,26 @@ gives the same records. Columns that no field holds are kept in the task's metad
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-from protocol.datasets import ReadReport
+from protocol.data_files import REPAIR
+from protocol.datasets import ReadReport, open_records
 from protocol.errors import UserError
-from protocol.records import PreferenceRecord, RankingRecord, Record, Text, UnpairedRecord, UnusableRow, normalize
+from protocol.records import (
+    PreferenceRecord,
+    RankingRecord,
+    Record,
+    Text,
+    UnpairedRecord,
+    UnusableRow,
+    check_whole,
+    normalize,
+)
 from reward_service.preferences.outbound import COLUMNS
 from reward_service.preferences.records import (
     MAX_RANKED,
@@ -26,8 +38,10 @@ from reward_service.preferences.records import (
 )
 
 UNKNOWN_POLICY = "imported"
+_MAX_ROUND = 1_000_000
 LIKED_RATING, DISLIKED_RATING = 7, 1
 Located = tuple[str, dict[str, Any]]
+_PARTS = ("role", "content")
 Judge = Callable[[Task], Outcome]
 
 
@@ -70,7 +84,7 @@ class Gathering:
                     Candidate(candidate_id=stable_id(identity, place), text=text, policy=policy, policy_version=None)
                     for place, (policy, text) in enumerate(responses)
                 ),
-                metadata={COLUMNS: json.dumps(kept)} if kept else {},
+                metadata={COLUMNS: json.dumps(kept, default=str)} if kept else {},
             )
         return self._tasks[identity]
 
@@ -115,6 +129,19 @@ class Gathering:
 
 
 Read = Callable[[Iterator[Located], Gathering], None]
+
+
+def located(path: Path) -> Iterator[Located]:
+    """Yield the rows of a file with their places.
+
+    Raises:
+        UserError: If the file or a row cannot be read, or a row names a round that cannot be.
+    """
+    for number, row in enumerate(open_records(str(path)), start=1):
+        where, round = f"{path}, row {number}", row.get("round")
+        if type(round) is int and not 0 <= round <= _MAX_ROUND:
+            raise UserError(f"there is no round {str(round)[:20]}", where=where, next_step="correct the column `round`")
+        yield where, row
 
 
 def read_trl_preferences(rows: Iterator[Located], gathering: Gathering) -> None:
@@ -189,12 +216,15 @@ def read_helpsteer(rows: Iterator[Located], gathering: Gathering) -> None:
         columns = _others(row, "context", "response1", "response2", "overall_preference", "individual_preference")
         prompt = _checked(where, context)
         task = gathering.task(prompt, [(UNKNOWN_POLICY, str(text)) for text in texts], columns=columns)
-        for one in row.get("individual_preference") or [{"score": overall}]:
+        individual = row.get("individual_preference") or [{"score": overall}]
+        if not isinstance(individual, list) or not all(isinstance(one, dict) for one in individual):
+            raise _wrong(where, "individual_preference as a list of objects with score and reasoning")
+        for one in individual:
             score = one.get("score")
             if type(score) is not int or abs(score) > MAX_STRENGTH:
                 gathering.report.drop("a score that is no whole number from -3 to 3", where)
                 continue
-            gathering.label(task, _outcome_of_score(task, score), note=one.get("reasoning") or "")
+            gathering.label(task, _outcome_of_score(task, score), note=str(one.get("reasoning") or ""))
 
 
 def read_arena(rows: Iterator[Located], gathering: Gathering) -> None:
@@ -205,6 +235,8 @@ def read_arena(rows: Iterator[Located], gathering: Gathering) -> None:
         if a[:-1] != b[:-1] or not a[:-1] or [a[-1]["role"], b[-1]["role"]] != ["assistant", "assistant"]:
             gathering.report.drop("the conversations part before the last answer", where)
             continue
+        if not isinstance(row.get("model_a"), str) or not isinstance(row.get("model_b"), str):
+            raise _wrong(where, "the names of two models, model_a and model_b")
         sides = [(str(row.get("model_a")), a[-1]["content"]), (str(row.get("model_b")), b[-1]["content"])]
         # Judges may have seen the two in either order: the task is the same.
         task = gathering.task(
@@ -218,11 +250,13 @@ def read_arena(rows: Iterator[Located], gathering: Gathering) -> None:
             "tie": Outcome(verdict="tie"),
             "tie (bothbad)": Outcome(verdict="both_bad"),
         }
-        if row.get("winner") not in outcomes:
+        winner, judge, at = row.get("winner"), row.get("judge"), row.get("tstamp") or 0.0
+        if not isinstance(winner, str) or winner not in outcomes:
             raise _wrong(where, f"a winner that is one of {', '.join(outcomes)}")
-        judge, at = row.get("judge"), float(row.get("tstamp") or 0.0)
+        if not isinstance(at, int | float) or not abs(at) <= sys.float_info.max:
+            raise _wrong(where, "tstamp as seconds since 1970")
         labeler = None if judge is None else str(judge)
-        gathering.label(task, outcomes[row["winner"]], labeler=labeler, presented=presented, submitted_at=at)
+        gathering.label(task, outcomes[winner], labeler=labeler, presented=presented, submitted_at=float(at))
 
 
 def said(text: Text) -> str:
@@ -256,7 +290,7 @@ def _record(where: str, row: Mapping[str, Any], report: ReadReport) -> Record | 
     try:
         return normalize(row)
     except UserError as error:
-        raise error.at(where) from None
+        raise error.at(where, next_step=REPAIR) from None
     except UnusableRow as unusable:
         report.drop(unusable.reason, where)
         return None
@@ -274,10 +308,17 @@ def _unpaired(where: str, record: Record) -> UnpairedRecord:
 
 def _checked(where: str, messages: Any) -> list[Any]:
     """Check messages, and leave out what they carry beside role and content."""
+    if not isinstance(messages, list) or not all(_is_message(turn) for turn in messages):
+        raise _wrong(where, "conversations of messages with role and content")
     try:
-        return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in messages]
-    except (TypeError, KeyError) as error:
-        raise _wrong(where, "conversations of messages with role and content") from error
+        check_whole(messages, "the conversation")
+    except UserError as error:
+        raise error.at(where, next_step=REPAIR) from None
+    return [{part: turn[part] for part in _PARTS} for turn in messages]
+
+
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, dict) and all(isinstance(turn.get(part), str) for part in _PARTS)
 
 
 def _others(row: Mapping[str, Any], *taken: str) -> dict[str, Any]:

@@ -4,9 +4,10 @@ Reading what was written gives equal records in the same order.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from protocol.datasets import open_records
 from protocol.errors import UserError
@@ -18,6 +19,7 @@ from reward_service.preferences.records import (
     task_from_json,
     task_to_json,
 )
+from reward_service.preferences.typed import check_types
 
 _NAME, _VERSION = "rondo-preferences", 1
 # For people and queries; `body` holds the whole record.
@@ -37,7 +39,7 @@ _TEXTS = (
 )
 
 
-def write_jsonl(path: Path, tasks: Iterable[Task], labels: Iterable[Label]) -> None:
+def write_jsonl(path: Path, tasks: Sequence[Task], labels: Sequence[Label]) -> None:
     """Write a first line that names the format, then tasks, then labels, one JSON object a line."""
     with path.open("w", encoding="utf-8") as file:
         for row in _rows(tasks, labels):
@@ -45,7 +47,7 @@ def write_jsonl(path: Path, tasks: Iterable[Task], labels: Iterable[Label]) -> N
             file.write(json.dumps(row) + "\n")
 
 
-def write_parquet(path: Path, tasks: Iterable[Task], labels: Iterable[Label]) -> None:
+def write_parquet(path: Path, tasks: Sequence[Task], labels: Sequence[Label]) -> None:
     """Write tasks, then labels, one row each: a few columns for queries, and the whole record as JSON."""
     # The store imports this module, and most of its users never write Parquet.
     import pyarrow
@@ -54,7 +56,8 @@ def write_parquet(path: Path, tasks: Iterable[Task], labels: Iterable[Label]) ->
     columns = [(name, pyarrow.int64()) for name in _WHOLE] + [(name, pyarrow.string()) for name in _TEXTS]
     schema = pyarrow.schema([*columns, ("submitted_at", pyarrow.float64())], metadata={"format": _NAME})
     rows = [_flat(row) for row in _rows(tasks, labels)]
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
+    # What is read again is checked page by page.
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path, write_page_checksum=True)
 
 
 def read_native(path: Path) -> tuple[list[Task], list[Label]]:
@@ -65,29 +68,36 @@ def read_native(path: Path) -> tuple[list[Task], list[Label]]:
     """
     tasks: list[Task] = []
     labels: list[Label] = []
-    rows = _unpacked(open_records(str(path)))
-    _check_header(next(rows), path)
+    rows = open_records(str(path))
+    header = _header(next(rows), path)
     for number, row in enumerate(rows, start=2):
-        record = row.pop("record", None)
         try:
-            if record == "task":
-                tasks.append(task_from_json(row))
-            elif record == "label":
-                labels.append(label_from_json(row))
-            else:
-                raise ValueError(f"a record is a task or a label, not {record!r}")
-        except (KeyError, TypeError, ValueError) as error:
+            read = _read(row)
+        # What is not as `write_jsonl` leaves it shows in any of these ways.
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise UserError(
                 "the record cannot be read",
                 where=f"{path}, record {number}",
                 cause=f"{type(error).__name__}: {error}",
                 next_step="export the preferences again",
             ) from error
+        tasks.append(read) if isinstance(read, Task) else labels.append(read)
+    _check_complete(header, path, tasks=len(tasks), labels=len(labels))
     return tasks, labels
 
 
-def _rows(tasks: Iterable[Task], labels: Iterable[Label]) -> Iterator[dict[str, Any]]:
-    yield {"record": _NAME, "version": _VERSION}
+def _read(row: dict[str, Any]) -> Task | Label:
+    values = _unpacked(row)
+    record = values.pop("record", None)
+    if record not in ("task", "label"):
+        raise ValueError(f"a record is a task or a label, not {record!r}")
+    read = task_from_json(values) if record == "task" else label_from_json(values)
+    check_types(read)
+    return read
+
+
+def _rows(tasks: Sequence[Task], labels: Sequence[Label]) -> Iterator[dict[str, Any]]:
+    yield {"record": _NAME, "version": _VERSION, "tasks": len(tasks), "labels": len(labels)}
     for task in tasks:
         yield {"record": "task", **task_to_json(task)}
     for label in labels:
@@ -100,13 +110,17 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**columns, "body": json.dumps(row)}
 
 
-def _unpacked(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        body = row.get("body")
-        yield json.loads(body) if isinstance(body, str) else row
+def _unpacked(row: dict[str, Any]) -> dict[str, Any]:
+    body = row.get("body")
+    found = json.loads(body) if isinstance(body, str) else row
+    if not isinstance(found, dict):
+        raise TypeError(f"the body is a {type(found).__name__}, not an object")
+    return cast(dict[str, Any], found)
 
 
-def _check_header(row: Mapping[str, Any], path: Path) -> None:
+def _header(row: dict[str, Any], path: Path) -> Mapping[str, Any]:
+    with suppress(RecursionError, TypeError, ValueError):  # not ours, which is said next
+        row = _unpacked(row)
     if row.get("record") != _NAME:
         raise UserError(
             "this is no file of preferences that rondo wrote",
@@ -121,3 +135,16 @@ def _check_header(row: Mapping[str, Any], path: Path) -> None:
             cause="a newer rondo has written it",
             next_step="update rondo",
         )
+    return row
+
+
+def _check_complete(header: Mapping[str, Any], path: Path, **found: int) -> None:
+    """Compare what was read with what the first record announces; files of before it did say nothing."""
+    for name, number in found.items():
+        if header.get(name, number) != number:
+            raise UserError(
+                f"{header[name]} {name} were written, and {number} are there",
+                where=str(path),
+                cause="the file is cut off or was edited by hand",
+                next_step="export the preferences again",
+            )

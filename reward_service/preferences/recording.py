@@ -1,6 +1,7 @@
 """Writes labels, and refuses those that do not belong: labels are added and superseded, never changed or removed."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert, select, update
@@ -100,6 +101,15 @@ def add_label(connection: Connection, label: Label, *, now: float, lease_require
     connection.execute(_COUNT, {"of_task": label.task_id, "gained": gained})
     connection.execute(_END_LEASE, {"labeler_id": label.labeler_id, "task_id": label.task_id})
     return True
+
+
+def add_labels(connection: Connection, labels: Sequence[Label], *, now: float, lease_required: bool) -> int:
+    """Record several labels; see `add_label`.
+
+    Returns:
+        How many were new.
+    """
+    return sum(add_label(connection, label, now=now, lease_required=lease_required) for label in labels)
 
 
 def _is_repeated(connection: Connection, label: Label) -> bool:

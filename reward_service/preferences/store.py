@@ -12,11 +12,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Connection, Select, case, delete, exists, func, insert, select
+from sqlalchemy import Select, case, delete, exists, func, select
 
-from protocol.errors import UserError
 from protocol.files import staged
-from reward_service.preferences import assignment, people, recording
+from reward_service.preferences import assignment, people, recording, task_rows
 from reward_service.preferences.assignment import Lease, presented_order
 from reward_service.preferences.database import Database
 from reward_service.preferences.native import write_jsonl
@@ -30,7 +29,6 @@ from reward_service.preferences.records import (
     Task,
     label_from_json,
     task_from_json,
-    task_to_json,
 )
 from reward_service.preferences.schema import LABELS, LEASES, QUEUE, TASKS
 
@@ -73,22 +71,21 @@ class PreferenceStore:
             UserError: If a different task has the same id; nothing is added then.
         """
         with self._database.writing() as connection:
-            known = self._bodies(connection, [task.task_id for task in tasks])
-            position = connection.execute(select(func.coalesce(func.max(TASKS.c.position), 0))).scalar_one()
-            rows: list[dict[str, Any]] = []
-            for task in tasks:
-                body = json.dumps(task_to_json(task))
-                if task.task_id not in known:
-                    known[task.task_id] = body
-                    rows.append(_task_row(task, body, position=position + len(rows) + 1))
-                elif not _same(known[task.task_id], body):
-                    raise UserError(f"there is a different task with the id {task.task_id}", where=self._database.place)
-            if rows:
-                columns = {column.name for column in TASKS.columns}
-                connection.execute(insert(TASKS), [{n: v for n, v in row.items() if n in columns} for row in rows])
-                columns = {column.name for column in QUEUE.columns}
-                connection.execute(insert(QUEUE), [{n: v for n, v in row.items() if n in columns} for row in rows])
-            return len(rows)
+            return task_rows.add(connection, tasks, place=self._database.place)
+
+    def add_labeled(self, tasks: Sequence[Task], labels: Sequence[Label], *, now: float) -> tuple[int, int]:
+        """Add tasks and record their labels in one transaction, everything or nothing.
+
+        Returns:
+            How many tasks and how many labels were new.
+
+        Raises:
+            UserError: As `add_tasks` does.
+            LabelRefused: As `record` does.
+        """
+        with self._database.writing() as connection:
+            added = task_rows.add(connection, tasks, place=self._database.place)
+            return added, recording.add_labels(connection, labels, now=now, lease_required=False)
 
     def task(self, task_id: str) -> Task:
         """Find a task.
@@ -97,7 +94,7 @@ class PreferenceStore:
             KeyError: If there is none.
         """
         with self._database.reading() as connection:
-            bodies = self._bodies(connection, [task_id])
+            bodies = task_rows.bodies(connection, [task_id])
         return task_from_json(json.loads(bodies[task_id]))
 
     def tasks(self, *, round: int | None = None, purpose: Purpose | None = None) -> list[Task]:
@@ -170,9 +167,7 @@ class PreferenceStore:
             How many were new.
         """
         with self._database.writing() as connection:
-            return sum(
-                recording.add_label(connection, label, now=now, lease_required=lease_required) for label in labels
-            )
+            return recording.add_labels(connection, labels, now=now, lease_required=lease_required)
 
     def labels(
         self,
@@ -353,32 +348,6 @@ class PreferenceStore:
             driver.execute("VACUUM INTO ?", (str(path),))
         finally:
             pooled.close()
-
-    def _bodies(self, connection: Connection, task_ids: Sequence[str]) -> dict[str, str]:
-        bodies: dict[str, str] = {}
-        for start in range(0, len(task_ids), 500):  # a statement takes only so many parameters
-            chunk = task_ids[start : start + 500]
-            found = connection.execute(select(TASKS.c.task_id, TASKS.c.body).where(TASKS.c.task_id.in_(chunk)))
-            bodies |= {row.task_id: row.body for row in found}
-        return bodies
-
-
-def _task_row(task: Task, body: str, *, position: int) -> dict[str, Any]:
-    return {
-        "position": position,
-        "task_id": task.task_id,
-        "round": task.round,
-        "purpose": task.purpose,
-        "body": body,
-        "precedence": assignment.PRECEDENCE[task.purpose],
-        "judgements": 0,
-        "overlap": task.overlap,
-    }
-
-
-def _same(kept: str, body: str) -> bool:
-    """Compare as records, so that one written before a field was added equals one with the field's default."""
-    return task_from_json(json.loads(kept)) == task_from_json(json.loads(body))
 
 
 def _of(query: _Query, *, round: int | None, purpose: Purpose | None) -> _Query:

@@ -45,7 +45,7 @@ ONLY_IN = {
     ),
     "transformers": ("learner/models.py", "reward_service/*_model.py", "protocol/tokens.py"),
     "torch": ("actors/*.py", "reward_service/*.py", "learner/*.py", "protocol/logprobs.py", "protocol/broadcast.py"),
-    "pyarrow": ("protocol/datasets.py", "learner/records.py", "reward_service/preferences/*.py"),
+    "pyarrow": ("protocol/data_files.py", "learner/records.py", "reward_service/preferences/*.py"),
     "datasets": ("protocol/datasets.py",),
     "fastapi": ("reward_service/labeling/*.py", "reward_service/preferences/*.py"),
     "sqlalchemy": ("reward_service/labeling/*.py", "reward_service/preferences/*.py"),

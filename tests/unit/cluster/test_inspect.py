@@ -79,3 +79,19 @@ def test_generators_are_asked_for_as_many_rows_as_the_limit():
 def test_an_unreadable_source_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no data file here"):
         inspect(str(tmp_path / "missing.jsonl"))
+
+
+def test_a_conversation_that_the_chat_template_refuses_is_named(tmp_path):
+    tokenizer = train_tokenizer(["who speaks next , and who then ?"] * 3, vocab_size=120, context_tokens=32)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('turns must alternate') }}{% endif %}{{ message['content'] }}{% endfor %}"
+    )
+    file = tmp_path / "talks.jsonl"
+    turn = {"role": "user", "content": "who ?"}
+    file.write_text("".join(json.dumps({"prompt": [turn] * times}) + "\n" for times in (1, 2)))
+    with pytest.raises(
+        UserError, match="prompt of record 2, .*refuses the conversation: turns must alternate"
+    ) as error:
+        inspect(str(file), tokenizer=tokenizer)
+    assert "its turns are user, user" in str(error.value)

@@ -124,3 +124,11 @@ def test_an_id_used_twice_is_refused(tokenizer):
     records = [PromptRecord(prompt=text, record_id="same") for text in ("how", "do")]
     with pytest.raises(UserError, match="'same' is used twice"):
         encode_prompts(records, tokenizer, max_tokens=20, overlong="error")
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_named():
+    tokenizer = train_tokenizer(["who speaks ?"] * 3, vocab_size=108, context_tokens=32)
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    record = PromptRecord(prompt=[{"role": "user", "content": "who ?"}], record_id="q7")
+    with pytest.raises(UserError, match=r"prompt 1 \(id q7\).*refuses the conversation: no"):
+        encode_prompts([record], tokenizer, max_tokens=9, overlong="error")

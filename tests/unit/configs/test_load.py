@@ -92,3 +92,31 @@ def test_a_strange_key_given_together_with_the_switch_is_an_error() -> None:
 
 def test_the_hash_follows_the_content() -> None:
     assert config_hash(load("quickstart")) != config_hash(load("quickstart", ["run.seed=1"]))
+
+
+def test_a_date_is_text_and_an_alias_is_what_it_stands_for(tmp_path: Path) -> None:
+    assert load("quickstart", ["run.name=2024-13-45"]).run.name == "2024-13-45"
+    text = (PRESETS / "quickstart.yaml").read_text()
+    text = text.replace("policy_optimizer: {learn", "policy_optimizer: &same {learn")
+    (tmp_path / "mine.yaml").write_text(
+        text.replace("critic_optimizer: {learning_rate: 5e-4}", "critic_optimizer: *same")
+    )
+    learner = load(tmp_path / "mine.yaml").learner
+    assert learner.critic_optimizer == learner.policy_optimizer
+
+
+def test_a_typing_error_between_two_keys_names_both() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean top_k or top_p\?"):
+        load("quickstart", ["rollout.top_=1"])
+
+
+def test_a_long_value_is_cut_short_in_the_message() -> None:
+    with pytest.raises(ConfigError, match=r"rollout: .* \(\d+ characters\)") as error:
+        load("quickstart", [f"rollout={list(range(3000))}"])
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["01", "٢", "+1"])
+def test_an_override_that_names_no_round_is_not_ignored(name: str) -> None:
+    with pytest.raises(ConfigError, match="numbered from 1 to 2"):
+        load("quickstart", [f"rounds.overrides.{name}.iterations=5"])

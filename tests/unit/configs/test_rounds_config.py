@@ -51,3 +51,15 @@ def test_a_version_that_will_be_there_may_be_named() -> None:
         ).rounds.count
         == 2
     )
+
+
+def test_the_longest_schedule_is_read_back_from_what_a_run_writes(tmp_path) -> None:
+    """A short file grows when it is written with every default of every round."""
+    people = "{kind: people, check_period: 5, checks: {source: checks.jsonl}}"
+    each = (
+        f"{{collect: {{comparisons: 400}}, labeler: {people}, mixture: {{newest: 2.0}}, guards: {{entropy_nats: 0.1}}}}"
+    )
+    overrides = ", ".join(f"'{number}': {each}" for number in range(1, 501))
+    config = load("quickstart", ["rounds.count=500", f"rounds.overrides={{{overrides}}}"])
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert load(tmp_path / "config.yaml") == config
