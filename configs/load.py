@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -153,14 +153,18 @@ def _explain(error: ValidationError, source: str) -> str:
             case "value_error":
                 lines.append(prefix + problem["msg"].removeprefix("Value error, "))
             case "union_tag_not_found":
-                lines.append(f"{prefix}{context['discriminator']} is missing, which says what this section holds")
+                lines.append(f"  {_tag_place(location, context)}: missing, and it says what this section holds")
             case "union_tag_invalid":
-                lines.append(
-                    f"{prefix}{context['discriminator']} should be {context['expected_tags']}, not {context['tag']!r}"
-                )
+                tag = _tag_place(location, context)
+                lines.append(f"  {tag}: should be {context['expected_tags']}, not {context['tag']!r}")
             case _:
                 lines.append(f"{prefix}{problem['msg']}, not {_shortened(problem['input'])}")
     return "\n".join([*lines, _NEXT])
+
+
+def _tag_place(location: str, context: Mapping[str, Any]) -> str:
+    """Name the key that says which kind of section this is."""
+    return ".".join(filter(None, (location, str(context["discriminator"]).strip("'"))))
 
 
 def _shortened(value: object) -> str:

@@ -164,10 +164,10 @@ def _missing(base: dict[str, Any]) -> Iterator[Case]:
         ("data.demonstrations.source", "data.demonstrations.source: missing"),
         ("data.preferences.source", "data.preferences.source: missing"),
         ("algorithm", "algorithm: missing"),
-        ("algorithm.name", "algorithm: 'name' is missing"),
+        ("algorithm.name", "algorithm.name: missing"),
         ("scoring.gold.path", "scoring.gold.path: missing"),
         ("rounds.labeler", "rounds.labeler does not say who labels"),
-        ("rounds.labeler.kind", "rounds.labeler: 'kind' is missing"),
+        ("rounds.labeler.kind", "rounds.labeler.kind: missing"),
         ("rounds.labeler.score", "rounds.labeler.score: missing"),
     ):
         tree = deepcopy(base)

@@ -39,8 +39,8 @@ MALFORMED_OVERRIDES: tuple[tuple[str, str], ...] = (
     ("algorithm.name=dpo", "algorithm"),
     ("scoring.rewards.0.weight=2", "scoring.rewards"),
     ("scoring.rewards=[3]", "scoring.rewards.0"),
-    ("scoring.rewards=[{}]", "'kind' is missing"),
-    ("scoring.rewards=[{kind: oracle}]", "'kind' should be"),
+    ("scoring.rewards=[{}]", "kind: missing"),
+    ("scoring.rewards=[{kind: oracle}]", "kind: should be"),
 )
 
 _HTTP = "models.critic.init=policy"
