@@ -38,10 +38,14 @@ DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 
 def _http_address(url: str) -> str:
-    parts = urlsplit(url)
-    # Reading the port checks it.
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-        raise ValueError(f"{url!r} is no http or https address")
+    # The address is not quoted: what is wrong with it may be a password.
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0  # reading it checks it
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ValueError("this is no http or https address with a host and, where there is one, a port")
     return url
 
 

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from configs.labels import JudgeConfig
+from configs.load import ConfigError, load
 from protocol.errors import UserError
 from reward_service.preferences.completion import MAX_ANSWER_BYTES, CompletionFailure, EndpointCompleter
 from reward_service.preferences.judge import Judge
@@ -407,13 +408,18 @@ def test_a_token_that_will_not_do_is_found_at_the_start(monkeypatch: pytest.Monk
         "http://me:hunter2@host/v1",
         "http://host/v1?key=hunter2",
         "http://host/v1#hunter2",
-        "http://",
-        "http://h:hunter2/",
     ],
 )
-def test_an_address_that_is_none_or_holds_a_secret_is_refused(url: str) -> None:
+def test_an_address_that_may_hold_a_secret_is_refused(url: str) -> None:
     with pytest.raises(UserError) as caught:
         completer(url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://h:hunter2/", "http://[hunter2/", "hunter2"])
+def test_an_address_that_is_none_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"rounds\.labeler\.judge\.url|rounds\.labeler\.url") as caught:
+        load("quickstart", [f"rounds.labeler={{kind: judge, model: m, url: '{url}'}}"])
     assert "hunter2" not in str(caught.value)
 
 
