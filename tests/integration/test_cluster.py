@@ -68,7 +68,9 @@ def head() -> Iterator[dict[str, str]]:
     port, dashboard = free_port(), free_port()
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
     command = [RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=4",
-               "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--block"]  # fmt: skip
+               "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+               # Another Ray on this machine would hold the default one, and then no agent starts jobs.
+               f"--dashboard-agent-listen-port={free_port()}", "--block"]  # fmt: skip
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{dashboard}"
     deadline = time.monotonic() + 60
