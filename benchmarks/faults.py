@@ -11,6 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ def run(fault: str | None, *, output: Path) -> dict[str, Any]:
     happened: dict[str, float | None] = {"fault": None, "incident": None, "iteration": None}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
+    watchdog = threading.Timer(TIMEOUT_S, process.kill)  # a run that hangs ends its cell, not the benchmark
+    watchdog.start()
     with (output / f"{name}.log").open("w") as log:
         for line in process.stdout:
             log.write(line)
@@ -75,7 +78,8 @@ def run(fault: str | None, *, output: Path) -> dict[str, Any]:
                 happened["incident"] = now
             elif line.startswith("iteration ") and happened["incident"] is not None and happened["iteration"] is None:
                 happened["iteration"] = now
-    process.wait(timeout=TIMEOUT_S)
+    process.wait()
+    watchdog.cancel()
     return {
         "fault": fault,
         "returncode": process.returncode,

@@ -13,13 +13,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import sleep
-from typing import Protocol
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.pool import Member, status_fields
+from cluster.crew import Crew
+from cluster.pool import status_fields
 from cluster.schedule import RunState
 from protocol.errors import UserError
 
@@ -44,14 +44,6 @@ class Fault:
     """Signals, each with the seconds to wait before it."""
     iteration: int | None
     """Not before so many iterations of a round are done."""
-
-
-class Crew(Protocol):
-    """Knows the workers."""
-
-    def workers(self, role: str, /) -> Sequence[Member]:
-        """List the workers of a role that have been started."""
-        ...
 
 
 def parse(text: str) -> Fault:

@@ -120,18 +120,18 @@ class Generation:
 
     def _stuck(self) -> list[tuple[Any, Member, SilentWorkerError]]:
         """Find workers that do not answer, or whose engines have not made a step since they were last asked."""
-        silent = {member.name for member in self._watch.silent(list(self._streams.values()))}
         found: list[tuple[Any, Member, SilentWorkerError]] = []
-        for ref, member in self._streams.items():
-            if member.name in silent:
-                found.append((ref, member, self._watch.error(member)))
-                continue
-            steps = _steps_of(member, timeout_s=self._watch.quiet_s)
-            if steps is not None and self._steps.get(member.name) == steps:
+        answers = self._watch.answers(list(self._streams.values()))
+        for ref, (member, answer) in zip(list(self._streams), answers, strict=True):
+            if isinstance(answer, SilentWorkerError):
+                found.append((ref, member, answer))
+            elif isinstance(answer, FAILURES):
+                continue  # it has died, as its stream will say
+            elif self._steps.get(member.name) == answer.engine_steps:
                 text = f"{member.name} answers, but its engine makes no step"
                 found.append((ref, member, SilentWorkerError(text)))
-            elif steps is not None:
-                self._steps[member.name] = steps
+            else:
+                self._steps[member.name] = answer.engine_steps
         return found
 
     def _lost(self, ref: Any, member: Member, error: BaseException) -> None:
@@ -172,14 +172,3 @@ def _take(stream: Any, *, deadline: float, watch: Watch, member: Member) -> _Ste
     except StopIteration:
         ray.get(payload, timeout=left_s)
         raise RuntimeError(f"{member.name}'s stream ended between a payload and its description") from None
-
-
-def _steps_of(member: Member, *, timeout_s: float) -> int | None:
-    """Read how many steps a worker's engine has made; None if the worker died meanwhile, which its stream will say."""
-    ref = member.handle.status.remote()
-    ready, _ = ray.wait([ref], timeout=timeout_s)
-    try:
-        status: Any = ray.get(ref) if ready else None
-        return None if status is None else status.engine_steps
-    except FAILURES:
-        return None

@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 from cluster import schedule
 from cluster.generation import Generation
 from cluster.pool import Member, Pool, Report
-from cluster.supervision import FAILURES, DeadlineError, Handle, Watch, first_line, result_of, wait
+from cluster.supervision import FAILURES, DeadlineError, Handle, Watch, first_line, wait
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
 from protocol.messages import Rollout, RolloutMeta, RolloutRequest
@@ -101,14 +101,8 @@ class RolloutPool:
         Returns:
             Its proof; None if nothing has been published yet.
         """
-        deadlines = self._deadlines
-        what, key = f"starting {fresh.name}", "cluster.deadlines.start_s + publish_s"
-        [found] = wait([ref], deadline_s=deadlines.start_s + deadlines.publish_s, what=what, key=key)
-        fresh.met(result_of(fresh.handle.status.remote()))
-        if self._publication is None:
-            return None
-        check_proof(found, self._publication.manifest, bound=self._config.logprob_gap_bound)
-        return found
+        self._pool.admit(fresh, deadline_s=self._deadlines.start_s)
+        return None if self._publication is None else self._judged(fresh, ref, self._publication.manifest)
 
     def _load(self, handle: Handle, publication: Publication) -> Any:
         timeout_s = self._deadlines.publish_s
@@ -164,8 +158,9 @@ class RolloutPool:
     def _refreshed(self, member: Member, publication: Publication, first: BaseException) -> VersionProof:
         """Load the version once more, and into a fresh process if it fails again."""
         if not isinstance(first, (*FAILURES, DeadlineError)):
+            ref = self._load(member.handle, publication)  # what the learner fails at is not this worker's fault
             try:
-                return self._judged(member, self._load(member.handle, publication), publication.manifest)
+                return self._judged(member, ref, publication.manifest)
             except Exception as error:  # noqa: BLE001 - likewise
                 first = error
         proof = self.admit(*self.replace(member, first))

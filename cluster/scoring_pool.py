@@ -18,20 +18,13 @@ from protocol.records import Text
 from protocol.roles import Finished, ScoredGroup, ScoredReferences, ScoringSummary
 
 
-class _Rewards(NamedTuple):
-    """References to what a reward worker says about a group: for the driver, and for the learner."""
+class _Sent(NamedTuple):
+    """A group that a worker has been asked about, and references to what it says."""
 
     worker: Member
     report: Any
-    scores: Any
-
-
-class _Reference(NamedTuple):
-    """References to what a reference worker says about a group: likewise."""
-
-    worker: Member
-    report: Any
-    logprobs: Any
+    """For the driver."""
+    for_learner: Any
 
 
 class ScoringPool:
@@ -58,8 +51,8 @@ class ScoringPool:
         self._groups: tuple[tuple[RolloutKey, ...], ...] = ()
         self._group_of: dict[RolloutKey, int] = {}
         self._arrived: list[dict[RolloutKey, Finished]] = []
-        self._rewards: dict[int, _Rewards] = {}
-        self._references: dict[int, _Reference] = {}
+        self._rewards: dict[int, _Sent] = {}
+        self._references: dict[int, _Sent] = {}
 
     @property
     def _trained(self) -> str | None:
@@ -93,14 +86,16 @@ class ScoringPool:
         if missing:
             raise RuntimeError(f"{len(missing)} responses were never handed over for scoring, such as {missing[0]}")
         order = range(len(self._groups))
-        rewards: list[RewardScores] = [self._rewarded(i) for i in order]
-        references: list[ReferenceSummary] = [self._referred(i) for i in order]
+        rewards: list[RewardScores] = [self._reported(i, self.rewards, self._rewards, self._ask_rewards) for i in order]
+        references: list[ReferenceSummary] = [
+            self._reported(i, self.references, self._references, self._ask_reference) for i in order
+        ]
         scored = tuple(
             ScoredGroup(
                 metas=tuple(self._arrived[i][key].meta for key in self._groups[i]),
                 rollouts=tuple(self._arrived[i][key].payload for key in self._groups[i]),
-                rewards=self._rewards[i].scores,
-                reference=self._references[i].logprobs,
+                rewards=self._rewards[i].for_learner,
+                reference=self._references[i].for_learner,
             )
             for i in order
         )
@@ -167,43 +162,34 @@ class ScoringPool:
     def _payloads(self, index: int) -> list[Any]:
         return [self._arrived[index][key].payload for key in self._groups[index]]
 
-    def _ask_rewards(self, index: int) -> _Rewards:
+    def _ask_rewards(self, index: int) -> _Sent:
         """Send a group to a reward worker; which one depends on the group's number alone."""
         worker = self.rewards.members[index % len(self.rewards.members)]
         # The report has the gold scores, what the learner gets has not.
         report, scores = worker.handle.score.remote(self._payloads(index))
-        return _Rewards(worker=worker, report=report, scores=scores)
+        return _Sent(worker, report, scores)
 
-    def _ask_reference(self, index: int) -> _Reference:
+    def _ask_reference(self, index: int) -> _Sent:
         worker = self.references.members[index % len(self.references.members)]
         report, logprobs = worker.handle.logprobs.remote(self._payloads(index))
-        return _Reference(worker=worker, report=report, logprobs=logprobs)
+        return _Sent(worker, report, logprobs)
 
-    def _rewarded(self, index: int) -> RewardScores:
+    def _reported(self, index: int, pool: Pool, sent: dict[int, _Sent], ask: Callable[[int], _Sent]) -> Any:
+        """Wait for a group's report; where its worker is lost, ask the one that takes its place."""
         while True:
-            sent = self._rewards[index]
+            worker = sent[index].worker
             try:
-                return self._wait([sent.report], "reward scores", [sent.worker])[0]
+                return self._wait([sent[index].report], f"{pool.role} scores", [worker])[0]
             except FAILURES as error:
-                if self.rewards.holds(sent.worker):  # else another of its groups has seen to that
-                    self._replace_reward_worker(sent.worker, error)
-                self._rewards[index] = self._ask_rewards(index)
+                if pool.holds(worker):  # else another of its groups has seen to that
+                    self._replace(pool, worker, error)
+                sent[index] = ask(index)
 
-    def _referred(self, index: int) -> ReferenceSummary:
-        while True:
-            sent = self._references[index]
-            try:
-                return self._wait([sent.report], "reference log-probs", [sent.worker])[0]
-            except FAILURES as error:
-                if self.references.holds(sent.worker):
-                    fresh = self.references.replace(sent.worker, cause=error)
-                    self.references.admit(fresh, deadline_s=self._deadlines.start_s)
-                self._references[index] = self._ask_reference(index)
-
-    def _replace_reward_worker(self, lost: Member, error: BaseException) -> None:
-        fresh = self.rewards.replace(lost, cause=error)
-        self.rewards.admit(fresh, deadline_s=self._deadlines.start_s)
-        self._wait([fresh.handle.load.remote(**self._loaded)], f"loading {fresh.name}", [fresh])
+    def _replace(self, pool: Pool, lost: Member, error: BaseException) -> None:
+        fresh = pool.replace(lost, cause=error)
+        pool.admit(fresh, deadline_s=self._deadlines.start_s)
+        if pool is self.rewards:
+            self._wait([fresh.handle.load.remote(**self._loaded)], f"loading {fresh.name}", [fresh])
 
     def _tell(self, what: Mapping[str, Any], why: str) -> None:
         """Have every reward worker load something."""
@@ -216,7 +202,7 @@ class ScoringPool:
                 return self._wait(ask(), what, self.rewards.members)
             except FAILURES:
                 for member, error in self._watch.lost(self.rewards.members):
-                    self._replace_reward_worker(member, error)
+                    self._replace(self.rewards, member, error)
 
     def _wait(self, refs: list[Any], what: str, workers: Sequence[Member]) -> list[Any]:
         return wait(

@@ -57,41 +57,45 @@ class Watch:
         self.quiet_s = silence_s / 2
         self._silence_s = silence_s
 
-    def silent(self, workers: Sequence[W]) -> list[W]:
-        """Ask every worker for its status, and list those that do not answer.
+    def answers(self, workers: Sequence[W]) -> list[tuple[W, Any]]:
+        """Ask every worker for its status.
 
-        One that is dead is not silent: whatever it owes says so by itself.
+        Returns:
+            Each worker with its status, or with what is wrong with it: a SilentWorkerError or Ray's error of its death.
         """
         asked = {worker.handle.status.remote(): worker for worker in workers}
-        _, late = ray.wait(list(asked), num_returns=len(asked), timeout=self.quiet_s, fetch_local=False)
-        return [asked[ref] for ref in late]
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=self.quiet_s)
+        return [
+            (worker, self._answer(ref, worker) if ref in done else self._silence(worker))
+            for ref, worker in asked.items()
+        ]
 
     def lost(self, workers: Sequence[W]) -> list[tuple[W, BaseException]]:
         """List the workers that have died or do not answer, each with what is wrong with it."""
-        asked = {worker.handle.status.remote(): worker for worker in workers}
-        done, late = ray.wait(list(asked), num_returns=len(asked), timeout=self.quiet_s)
-        found: list[tuple[W, BaseException]] = [(asked[ref], self.error(asked[ref])) for ref in late]
-        for ref in done:
-            try:
-                ray.get(ref)
-            except RayActorError as error:
-                found.append((asked[ref], error))
-        return found
-
-    def error(self, worker: Watched) -> SilentWorkerError:
-        """Word what is wrong with a silent worker."""
-        return SilentWorkerError(
-            f"{worker.name} neither delivered nor answered for cluster.deadlines.silence_s = {self._silence_s:g} s"
-        )
+        return [(worker, answer) for worker, answer in self.answers(workers) if isinstance(answer, FAILURES)]
 
     def require_answers(self, workers: Sequence[Watched]) -> None:
-        """Ask every worker for its status.
+        """Ask every worker for its status. One that is dead is not silent: whatever it owes says so by itself.
 
         Raises:
             SilentWorkerError: Naming the first that does not answer.
         """
-        for worker in self.silent(workers):
-            raise self.error(worker)
+        for _, error in self.lost(workers):
+            if isinstance(error, SilentWorkerError):
+                raise error
+
+    def _answer(self, ref: Any, worker: Watched) -> Any:
+        try:
+            return ray.get(ref, timeout=self.quiet_s)
+        except RayActorError as error:
+            return error
+        except GetTimeoutError:
+            return self._silence(worker)
+
+    def _silence(self, worker: Watched) -> SilentWorkerError:
+        return SilentWorkerError(
+            f"{worker.name} neither delivered nor answered for cluster.deadlines.silence_s = {self._silence_s:g} s"
+        )
 
 
 def wait(
@@ -123,20 +127,20 @@ def wait(
             be waiting for the one that failed.
     """
     deadline = monotonic() + deadline_s
-    pending = list(refs)
+    pending, found = list(refs), dict[Any, Any]()
     while pending:
         left = max(0.0, deadline - monotonic())
         done, pending = ray.wait(pending, timeout=left if watch is None else min(left, watch.quiet_s))
         if done:
-            result_of(done[0])
+            found[done[0]] = _result_of(done[0])
         elif monotonic() >= deadline:
             raise DeadlineError(f"{what}: {len(pending)} of {len(refs)} did not answer within {key} = {deadline_s:g} s")
         elif watch is not None:
             watch.require_answers(workers)
-    return [result_of(ref) for ref in refs]
+    return [found[ref] for ref in refs]
 
 
-def result_of(ref: Any) -> Any:
+def _result_of(ref: Any) -> Any:
     """Fetch one result that is there; raise what the worker raised itself rather than Ray's wrapper."""
     try:
         return ray.get(ref, timeout=_TRANSFER_S)

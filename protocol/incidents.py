@@ -28,8 +28,6 @@ class Incident:
     round: int | None = None
     iteration: int | None = None
     policy_version: int | None = None
-    reproduce: str = ""
-    """A command that makes it happen again, where there is one."""
     data: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Whatever else helps: stacks, the file that holds the batch, numbers."""
     at: float = field(default_factory=time.time)

@@ -201,13 +201,14 @@ def text_of(text: Text) -> str:
 def check_whole(value: Any, column: str) -> None:
     """Refuse half of a character (a lone surrogate), which JSON can write but no tokenizer and no file can take."""
     if isinstance(value, str):
-        # Nearly all text passes here, at no cost.
-        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
             raise UserError(
                 f"{column} holds half a character",
                 cause="text was cut inside a \\ud83d\\ude00 pair",
                 next_step="write the text again from its source, or remove this row",
-            )
+            ) from None
     elif isinstance(value, Mapping):
         for inner in value.values():
             check_whole(inner, column)
