@@ -4,8 +4,8 @@ A checkpoint is staged under a hidden name, seen to the disk and renamed into pl
 commit takes nothing away. What is no longer needed goes after the new one has been verified: first its name, then its
 files. So wherever a crash strikes, the newest checkpoint that was acknowledged is there and verifies.
 
-The two halves of a commit are apart: `stage` writes, and what it writes must not change meanwhile; `finish` needs nothing
-but the files, so that the run may go on.
+The two halves of a commit are apart: `stage` writes, and what it writes must not change meanwhile; `finish` needs
+nothing but the files, so that the run may go on.
 """
 
 import json
@@ -125,9 +125,7 @@ def finish(staged: Staged) -> Checkpoint:
         target = _free(root, staged.name)
         staged.directory.rename(target)
     sync(root)
-    return Checkpoint(
-        directory=target, driver=staged.driver, config_hash=staged.config_hash, num_bytes=found.num_bytes
-    )
+    return Checkpoint(directory=target, driver=staged.driver, config_hash=staged.config_hash, num_bytes=found.num_bytes)
 
 
 def commit(
@@ -234,9 +232,7 @@ def _checkpoint(directory: Path, found: manifest.Manifest) -> Checkpoint:
         raise CheckpointError(f"{directory}: {DRIVER_STATE} cannot be read: {error}") from None
     if DRIVER_STATE not in found.files or not isinstance(driver, dict):
         raise CheckpointError(f"{directory}: {DRIVER_STATE} holds no driver's state")
-    return Checkpoint(
-        directory=directory, driver=driver, config_hash=found.config_hash, num_bytes=found.num_bytes
-    )
+    return Checkpoint(directory=directory, driver=driver, config_hash=found.config_hash, num_bytes=found.num_bytes)
 
 
 def _glance(directory: Path) -> Checkpoint | None:
