@@ -42,6 +42,7 @@ from cluster.tracking import (
 from configs.run import RunConfig
 from protocol import tokens
 from protocol.errors import UserError, WorkersLostError
+from protocol.files import write_json, writing
 from reward_service.preferences.store import PreferenceStore
 
 
@@ -59,6 +60,7 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False, faults:
 
     Raises:
         UserError: If something about the configuration, the data or the cluster is wrong.
+        StorageError: If a disk is full, read-only or broken; the same command goes on when it is in order.
         RuntimeError: If the run failed; what it has committed can be resumed.
     """
     directory = run_directory.claim(config)
@@ -67,7 +69,8 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False, faults:
         if directory.finished.exists():
             console.print(f"{directory.root} is finished; nothing to do")
         else:
-            _run(config, directory, console, verbose=verbose, faults=faults)
+            with writing(directory.root):
+                _run(config, directory, console, verbose=verbose, faults=faults)
         show_result(directory, console)
         return directory
     except UserError:
@@ -197,7 +200,7 @@ def _sinks(config: RunConfig, directory: RunDirectory, console: Console, *, done
 
 
 def _finish(directory: RunDirectory, state: RunState) -> None:
-    directory.finished.write_text(json.dumps(state.to_json()))
+    write_json(directory.finished, state.to_json())
 
 
 def show_result(directory: RunDirectory, console: Console) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from configs.load import ConfigError, config_hash, dump, load
 from configs.run import RunConfig
-from protocol.errors import UserError
+from protocol.errors import StorageError, UserError
 from protocol.files import make_directory, write_text
 
 _LOCK = ".lock"
@@ -154,7 +154,7 @@ def claim(config: RunConfig) -> RunDirectory:
         make_directory(root)
         if not directory.config.exists():
             write_text(directory.config, f"# config {config_hash(config)}\n{dump(config)}")
-    except OSError as error:
+    except (OSError, StorageError) as error:
         raise UserError(
             f"cannot write the run directory: {error}",
             where=str(root),

@@ -63,6 +63,8 @@ class ClusterConfig(Section):
     learner_restarts: NonNegativeInt = 3
     """How often the learner's ranks may be started again, all together, from the last checkpoint."""
     checkpoint_period_iterations: PositiveInt = 20
+    checkpoint_failures_allowed: NonNegativeInt = 3
+    """So many checkpoints in a row may fail because the disk is full, read-only or broken; the next stops the run."""
     checkpoints_kept: PositiveInt = 2
     """The newest so many checkpoints are kept. Each holds the optimizers' state too, several times the models' size."""
     round_end_checkpoints_kept: NonNegativeInt = 1
