@@ -38,7 +38,7 @@ class LearnerGroup:
         self.members = [Member(index=rank, name=name, handle=make(rank, name)) for rank, name in enumerate(names)]
         self._ranks = [member.handle for member in self.members]
         self.updates = 0
-        """Batches learned from."""
+        """Batches that the ranks have been given to learn from."""
 
     def started(self) -> dict[str, str]:
         """Connect the ranks to each other, wait until they are, and say on which node each rank is."""
@@ -69,9 +69,8 @@ class LearnerGroup:
     def update(self, batch: ScoredReferences, *, round: int, iteration: int) -> UpdateReport:
         """Learn from a batch."""
         groups = [(list(group.rollouts), group.rewards, group.reference) for group in batch.groups]
-        report: UpdateReport = self._on(self._ranks, "learn", "update", groups, round=round, iteration=iteration)[0]
-        self.updates += 1
-        return report
+        self.updates += 1  # whatever becomes of it, the ranks are not where they were
+        return self._on(self._ranks, "learn", "update", groups, round=round, iteration=iteration)[0]
 
     def publish(self, *, policy_version: int) -> Publication:
         """Make a new version: collect references to its buckets as rank 0 gathers them, or announce a broadcast."""

@@ -25,6 +25,7 @@ from cluster.refresh import Refresh
 from cluster.run_directory import RunDirectory
 from cluster.schedule import Phase, RunState
 from cluster.scores import Scores
+from cluster.stopping import STOPPING, Stopped
 from cluster.tracking import Sinks
 from configs.load import config_hash
 from configs.run import RunConfig
@@ -55,11 +56,12 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class _Standstill:
-    """The end of an iteration that has no checkpoint: what one would hold, as long as the learner has not moved on."""
+    """The end of an iteration: what a checkpoint of it holds, as long as the learner has not moved on."""
 
     state: RunState
     prompts: dict[str, Any]
-    updates: int
+    updates: int | None
+    durable: bool
 
 
 class RunStages:
@@ -147,18 +149,22 @@ class RunStages:
         if spent:
             raise error
         self._restarts_left -= 1
+        self._standstill = None
         self.crew.stop_learner()
         self._close_sinks()
         self._prompts.rewind()
-        self._standstill = None
         return self.resume()
 
     def save(self) -> None:
         """Commit what stands, if the learner is exactly there: for a run that must stop between two checkpoints."""
         last = self._standstill
-        if last is not None and self.crew.learner.updates == last.updates:
+        if last is not None and not last.durable and self.crew.updates == last.updates:
             self._commit(last.state, prompts=last.prompts)
             _LOG.warning("checkpoint after iteration %d of round %d", last.state.iteration, last.state.round)
+
+    def in_hand(self) -> bool:
+        """Say whether the learner has begun an iteration that is not over: `save` could commit nothing now."""
+        return self._standstill is not None and self.crew.updates not in (None, self._standstill.updates)
 
     def reached(self, state: RunState) -> None:
         """Make the beginning of a phase durable."""
@@ -206,6 +212,7 @@ class RunStages:
         scoring = self._scores.workers(state)
         stream = self._start_learning(state)
         self.crew.publish(state.policy_version)
+        self._stands(state, durable=True)
         if self._sinks is None:
             self._sinks = self._open_sinks(self._standing_iterations(state))
         self._history = self._standing(state)
@@ -227,13 +234,13 @@ class RunStages:
         if self.config.tracking.save_rollouts:
             self.directory.rollouts.mkdir(exist_ok=True)
             self.crew.learner.write_rollouts(self.directory.rollouts / f"v{report.policy_version - 1:05d}.parquet")
-        prompts = self._prompts.stream().state_dict()
-        if schedule.checkpoint_is_due(state, self.config):
-            self._commit(state, prompts=prompts)
-            self._standstill = None
-        else:
-            self._standstill = _Standstill(state, prompts, updates=self.crew.learner.updates)
+        due = schedule.checkpoint_is_due(state, self.config)
+        if due:
+            self._commit(state, prompts=self._prompts.stream().state_dict())
+        self._stands(state, durable=due)
         self.incidents.at(state)
+        if STOPPING.asked:
+            raise Stopped
 
     def evaluate(self, state: RunState) -> None:
         """Export the policy that the round ends with, and compare it with the supervised one."""
@@ -248,6 +255,7 @@ class RunStages:
             parents.append(f"reward_models/v{state.reward_version:03d}")
         data = {"iterations": state.iteration} | ({} if state.alarm is None else {"stopped": state.alarm})
         self._note_policy(state.policy_version, round=state.round, parents=tuple(parents), data=data)
+        self._standstill = None
         self.crew.finish_rl()
         if not self._prompts.held_out():
             return
@@ -278,6 +286,10 @@ class RunStages:
         """Stop all workers and finish all files."""
         self._close_sinks()
         self.crew.release()
+
+    def _stands(self, state: RunState, *, durable: bool) -> None:
+        prompts = self._prompts.stream().state_dict()
+        self._standstill = _Standstill(state, prompts, updates=self.crew.updates, durable=durable)
 
     def _close_sinks(self) -> None:
         if self._sinks is not None:

@@ -38,6 +38,9 @@ class DeadlinesConfig(Section):
     """The update of one iteration."""
     publish_s: Seconds = 600.0
     checkpoint_s: Seconds = 1800.0
+    grace_s: Seconds = 30.0
+    """From SIGTERM, SIGINT or SIGUSR1 to the end of the process: the iteration in hand, a checkpoint and the workers'
+    end. What is not done by then is left undone."""
 
 
 class ClusterConfig(Section):
