@@ -1,14 +1,15 @@
 """One batch in the making: which worker owes which responses, and what becomes of them when a worker is lost."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
 import ray
 from ray.exceptions import RayTaskError
 
+from cluster.deadlines import Bound
 from cluster.pool import Member
-from cluster.supervision import FAILURES, DeadlineError, SilentWorkerError, Watch, cause_of
+from cluster.supervision import FAILURES, LATE, DeadlineError, SilentWorkerError, Watch, cause_of
 from protocol.messages import RolloutKey, RolloutMeta, RolloutRequest
 from protocol.roles import Finished, Payload, RolloutRef
 
@@ -58,24 +59,26 @@ class Generation:
         self._streams: dict[Any, Member] = {}
         self._starting: dict[Any, Member] = {}
         self._steps: dict[str, int] = {}
+        self._began = monotonic()
+        self._bound: Callable[[], Bound]
 
-    def responses(self, *, deadline_s: float) -> Iterator[Finished]:
+    def responses(self, *, bound: Callable[[], Bound]) -> Iterator[Finished]:
         """Yield each response as it is finished.
 
         Args:
-            deadline_s: The bound on the whole batch.
+            bound: Says how long the whole batch may take. Workers that are late are replaced like those that are lost,
+                and the time begins again with every replacement.
 
         Raises:
-            DeadlineError: If it is over; the message says who owes what.
-            WorkersLostError: If a worker was lost and may not be replaced.
+            WorkersLostError: If a worker was lost or late and may not be replaced; its cause says who owes what.
             Exception: What a worker raised.
         """
-        deadline = monotonic() + deadline_s
+        self._began, self._bound = monotonic(), bound
         for member in list(self._workers.members):
             if self._owed[member.index]:
                 self._ask(member)
         while self._streams or self._starting:
-            ref = self._next(deadline)
+            ref = self._next()
             member = self._streams.get(ref) or self._starting[ref]
             try:
                 if ref in self._starting:
@@ -83,8 +86,8 @@ class Generation:
                     self._workers.admit(member, ref)
                     self._ask(member)
                     continue
-                step = _take(ref, deadline=deadline, watch=self._watch, member=member)
-            except FAILURES as error:
+                step = _take(ref, deadline=self._deadline(), watch=self._watch, member=member)
+            except LATE as error:
                 self._lost(ref, member, error)
                 continue
             except RayTaskError as error:
@@ -103,20 +106,25 @@ class Generation:
         owed = list(self._owed[member.index].values())
         self._streams[member.handle.generate.remote(owed, policy_version=self._version)] = member
 
-    def _next(self, deadline: float) -> Any:
-        """Wait for whoever has something; meanwhile see to those who have fallen silent."""
+    def _deadline(self) -> float:
+        return self._began + self._bound().seconds
+
+    def _next(self) -> Any:
+        """Wait for whoever has something; meanwhile see to those who have fallen silent, and at the end to the late."""
         while True:
-            left = max(0.0, deadline - monotonic())
+            left = max(0.0, self._deadline() - monotonic())
             refs = [*self._streams, *self._starting]
             ready, _ = ray.wait(refs, timeout=min(left, self._watch.quiet_s), fetch_local=False)
             if ready:
                 return ready[0]
-            if monotonic() >= deadline:
-                late = [*self._streams.values(), *self._starting.values()]
-                waiting = "; ".join(f"{m.name} owes {len(self._owed[m.index])} responses" for m in late)
-                raise DeadlineError(f"generating: not finished within cluster.deadlines.generate_s: {waiting}")
             for ref, member, error in self._stuck():
                 self._lost(ref, member, error)
+            if monotonic() >= self._deadline():  # not if anybody was silent: a replacement moves it
+                seconds, key = self._bound()
+                for ref, member in {**self._streams, **self._starting}.items():
+                    owed = list(self._owed[member.index])
+                    text = f"{member.name} owes {len(owed)} responses{f', the first {owed[0]}' if owed else ''}"
+                    self._lost(ref, member, DeadlineError(f"generating: {text}, after {key} = {seconds:.4g} s"))
 
     def _stuck(self) -> list[tuple[Any, Member, SilentWorkerError]]:
         """Find workers that do not answer, or whose engines have not made a step since they were last asked."""
@@ -136,8 +144,10 @@ class Generation:
 
     def _lost(self, ref: Any, member: Member, error: BaseException) -> None:
         self._streams.pop(ref, None)
+        self._starting.pop(ref, None)
         fresh, ready = self._workers.replace(member, error)
         self._starting[ready] = fresh
+        self._began = monotonic()
 
 
 class _Step(NamedTuple):
@@ -154,7 +164,7 @@ def _take(stream: Any, *, deadline: float, watch: Watch, member: Member) -> _Ste
         The step, or None at the end of the stream.
 
     Raises:
-        DeadlineError: If the worker stops between a payload and its description.
+        DeadlineError: If the worker stops between a payload and its description until the batch's deadline.
         SilentWorkerError: Likewise, if it does not answer any more.
         Exception: What the worker raised or died of; it comes in the place of an item and ends the stream.
     """
@@ -164,7 +174,7 @@ def _take(stream: Any, *, deadline: float, watch: Watch, member: Member) -> _Ste
         return None
     while not ray.wait([stream], timeout=watch.quiet_s, fetch_local=False)[0]:
         if monotonic() >= deadline:
-            raise DeadlineError(f"generating: {member.name} stopped in a step; cluster.deadlines.generate_s is over")
+            raise DeadlineError(f"generating: {member.name} stopped in the middle of a step until the deadline")
         watch.require_answers([member])
     left_s = max(0.0, deadline - monotonic())
     try:

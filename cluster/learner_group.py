@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from cluster.deadlines import Deadlines, Kind
 from cluster.pool import Member
 from cluster.stacks import stacks_of
 from cluster.supervision import DeadlineError, Handle, Watch, first_line, wait
@@ -32,6 +33,7 @@ class LearnerGroup:
 
     def __init__(self, config: RunConfig, *, make: Callable[[int, str], Handle]) -> None:
         self._deadlines = config.cluster.deadlines
+        self._measured = Deadlines(self._deadlines)
         self._transfer = config.rollout.weight_transfer
         self._watch = Watch(silence_s=self._deadlines.silence_s)
         names = [f"learner-{rank}" for rank in range(config.learner.workers)]
@@ -59,7 +61,8 @@ class LearnerGroup:
         return self._watched(what, progress, "train_reward_model", job)
 
     def start_rl(self, *, policy: Path, reward_model: Path | None, iterations: int) -> None:
-        """Build the policy's and the critic's engines."""
+        """Build the policy's and the critic's engines; what was measured of those before does not count for them."""
+        self._measured.forget()
         self._on(self._ranks, "start", "start_rl", policy=policy, reward_model=reward_model, iterations=iterations)
 
     def finish_rl(self) -> None:
@@ -70,7 +73,9 @@ class LearnerGroup:
         """Learn from a batch."""
         groups = [(list(group.rollouts), group.rewards, group.reference) for group in batch.groups]
         self.updates += 1  # whatever becomes of it, the ranks are not where they were
-        return self._on(self._ranks, "learn", "update", groups, round=round, iteration=iteration)[0]
+        tokens = sum(meta.response_tokens for meta in batch.metas)
+        place = {"round": round, "iteration": iteration}
+        return self._on(self._ranks, "learn", "update", groups, size=tokens, **place)[0]
 
     def publish(self, *, policy_version: int) -> Publication:
         """Make a new version: collect references to its buckets as rank 0 gathers them, or announce a broadcast."""
@@ -83,7 +88,7 @@ class LearnerGroup:
                 self, policy_version=policy_version, rendezvous=rendezvous, timeout_s=timeout_s
             )
             return Publication(manifest=manifest, broadcast=broadcast)
-        with self.one_fate("publishing"):
+        with self.one_fate("publishing"), self._measured.measuring("publish", "publish"):
             refs = self.streamed(self._ranks, "publish", policy_version)
             manifest: WeightManifest = self.closing(refs)
         return Publication(manifest=manifest, buckets=tuple(refs[:-1]))
@@ -124,9 +129,16 @@ class LearnerGroup:
 
     def streamed(self, ranks: Sequence[Handle], method: str, version: int, *args: Any) -> list[Any]:
         """Call a streaming method on ranks and collect the references that rank 0 yields."""
-        deadline = monotonic() + self._deadlines.publish_s
+        bound = self._measured.bound("publish", method)
+        deadline = monotonic() + bound.seconds
         streams = [getattr(rank, method).remote(version, *args) for rank in ranks]
-        return [ref for stream in streams for ref in self._drained(stream, deadline=deadline, version=version)]
+        found: list[Any] = []
+        for rank, stream in enumerate(streams):
+            late = (
+                f"publishing version {version}: learner-{rank} is not through after {bound.key} = {bound.seconds:.4g} s"
+            )
+            found += self._drained(stream, deadline=deadline, late=late)
+        return found
 
     @contextmanager
     def one_fate(self, what: str) -> Generator[None]:
@@ -149,26 +161,26 @@ class LearnerGroup:
 
     def closing(self, refs: Sequence[Any]) -> Any:
         """Fetch the last item of a publish: the small one that says that all is there, or why not."""
-        return self._waited(refs[-1:], "publish", "the end of a publish")[0]
+        return self._waited(refs[-1:], "publish", what="the end of a publish")[0]
 
     def finished(self, refs: Sequence[Any], *, what: str) -> Any:
         """Wait for all ranks' part of a publish, and return rank 0's result."""
         with self.one_fate(what):
-            return self._waited(refs, "publish", what)[0]
+            return self._waited(refs, "publish", what=what)[0]
 
     def _stacks(self) -> dict[str, str]:
         """See what every rank is doing: the one that hangs, and what the others wait for."""
         found = {member.name: stacks_of(pid=member.pid, node_id=member.node_id) for member in self.members}
         return {name: stacks for name, stacks in found.items() if stacks is not None}
 
-    def _drained(self, stream: Any, *, deadline: float, version: int) -> list[Any]:
+    def _drained(self, stream: Any, *, deadline: float, late: str) -> list[Any]:
         """Collect the references that a rank's publish yields (none from ranks other than 0)."""
         refs: list[Any] = []
         while True:
             left = max(0.0, deadline - monotonic())
             ready, _ = ray.wait([stream], timeout=min(left, self._watch.quiet_s), fetch_local=False)
             if not ready and monotonic() >= deadline:
-                raise DeadlineError(f"publishing version {version}: not finished within cluster.deadlines.publish_s")
+                raise DeadlineError(late)
             if not ready:
                 self._watch.require_answers(self.members)
                 continue
@@ -177,21 +189,19 @@ class LearnerGroup:
             except StopIteration:
                 return refs
 
-    def _on(self, ranks: Sequence[Handle], deadline: str, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+    def _on(
+        self, ranks: Sequence[Handle], kind: Kind, method: str, *args: Any, size: int = 1, **kwargs: Any
+    ) -> list[Any]:
+        """Call a method on ranks, under the bound of its kind or a measured one."""
         what = f"learner.{method} on {len(ranks)} rank{'s' if len(ranks) > 1 else ''}"
-        with self.one_fate(what):
+        with self.one_fate(what), self._measured.measuring(kind, method, size=size):
             refs = [getattr(rank, method).remote(*args, **kwargs) for rank in ranks]
-            return self._waited(refs, deadline, what)
+            return self._waited(refs, kind, method, size=size, what=what)
 
-    def _waited(self, refs: Sequence[Any], deadline: str, what: str) -> list[Any]:
-        return wait(
-            refs,
-            deadline_s=getattr(self._deadlines, f"{deadline}_s"),
-            what=what,
-            key=f"cluster.deadlines.{deadline}_s",
-            watch=None if deadline == "start" else self._watch,
-            workers=self.members,
-        )
+    def _waited(self, refs: Sequence[Any], kind: Kind, work: str = "", *, size: int = 1, what: str) -> list[Any]:
+        seconds, key = self._measured.bound(kind, work, size=size)
+        watch = None if kind == "start" else self._watch
+        return wait(refs, deadline_s=seconds, what=what, key=key, watch=watch, workers=self.members)
 
     def _watched(self, what: str, progress: Progress, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Run a long stage on all ranks and pass rank 0's progress on."""

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from cluster.stacks import stacks_of
-from cluster.supervision import Handle, SilentWorkerError, first_line, wait
+from cluster.supervision import DeadlineError, Handle, SilentWorkerError, first_line, wait
 from protocol.errors import WorkersLostError
 from protocol.incidents import Incident
 
@@ -81,8 +81,8 @@ class Pool:
         Raises:
             WorkersLostError: If no replacement is left.
         """
-        silent = isinstance(cause, SilentWorkerError)
-        stacks = stacks_of(pid=member.pid, node_id=member.node_id) if silent else None
+        silent, late = isinstance(cause, SilentWorkerError), isinstance(cause, DeadlineError)
+        stacks = stacks_of(pid=member.pid, node_id=member.node_id) if silent or late else None
         spent = self._replacements <= 0
         if not spent:
             self._replacements -= 1
@@ -92,7 +92,7 @@ class Pool:
         fresh = self.members[member.index]
         self._report(
             Incident(
-                kind="worker_silent" if silent else "worker_lost",
+                kind="worker_silent" if silent else "worker_late" if late else "worker_lost",
                 what=f"{member.name} is lost: {first_line(cause)}",
                 where=member.name,
                 cause=str(cause),

@@ -9,9 +9,10 @@ import ray
 from ray.exceptions import RayTaskError
 
 from cluster import schedule
+from cluster.deadlines import Deadlines
 from cluster.generation import Generation
 from cluster.pool import Member, Pool, Report
-from cluster.supervision import FAILURES, DeadlineError, Handle, Watch, first_line, wait
+from cluster.supervision import FAILURES, LATE, Handle, Watch, first_line, wait
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
 from protocol.messages import Rollout, RolloutMeta, RolloutRequest
@@ -35,6 +36,7 @@ class RolloutPool:
     ) -> None:
         self._config = config
         self._deadlines = deadlines
+        self._measured = Deadlines(deadlines)
         self._watch = Watch(silence_s=deadlines.silence_s)
         self._pool = Pool(role="rollout", size=config.workers, make=make, replacements=replacements, report=report)
         self._publication: Publication | None = None
@@ -55,20 +57,20 @@ class RolloutPool:
             member.index: {requests[i].key: requests[i] for i in share}
             for member, share in zip(self._pool.members, shares, strict=True)
         }
-        return Generation(self, self._watch, owed, policy_version=policy_version).responses(
-            deadline_s=self._deadlines.generate_s
-        )
+        batch = Generation(self, self._watch, owed, policy_version=policy_version)
+        with self._measured.measuring("generate", size=len(requests)):
+            yield from batch.responses(bound=lambda: self._measured.bound("generate", size=len(requests)))
 
     def load(self, publication: Publication) -> tuple[VersionProof, ...]:
         """Bring every worker to the published version and have each prove it."""
         self._publication = publication
-        if publication.broadcast is None:
-            refs = [self._load(member.handle, publication) for member in self._pool.members]
-        else:
-            refs = self._received(publication.manifest, publication.broadcast)
-        return tuple(
-            self._proven(member, ref, publication) for member, ref in zip(list(self._pool.members), refs, strict=True)
-        )
+        with self._measured.measuring("publish"):
+            if publication.broadcast is None:
+                refs = [self._load(member.handle, publication) for member in self._pool.members]
+            else:
+                refs = self._received(publication.manifest, publication.broadcast)
+            members = list(self._pool.members)
+            return tuple(self._proven(member, ref, publication) for member, ref in zip(members, refs, strict=True))
 
     def fetch(self, finished: Sequence[Finished]) -> list[Rollout]:
         """Bring responses to this process, for people to read or for a file."""
@@ -87,6 +89,7 @@ class RolloutPool:
         """
         _LOG.warning("%s is lost (%s); starting a replacement", member.name, first_line(error))
         fresh = self._pool.replace(member, cause=error)
+        self._measured.forget()
         if self._publication is None:  # it loads version 0 from the same directory as the others
             return fresh, fresh.handle.status.remote()
         return fresh, self._load(fresh.handle, self._publication)
@@ -112,7 +115,8 @@ class RolloutPool:
         """Have every worker join a broadcast and the learner send; wait until all are through or late.
 
         Every rank of an engine is a receiver of its own. What became of a worker is judged from its reference, like
-        any other load.
+        any other load. The bound is the configured one: a broadcast has half of that, and who misses it loads from the
+        object store.
         """
         deadline = monotonic() + self._deadlines.publish_s
         size = self._config.tensor_parallel
@@ -148,16 +152,14 @@ class RolloutPool:
 
     def _judged(self, member: Member, ref: Any, manifest: WeightManifest) -> VersionProof:
         what = f"{member.name} loading version {manifest.policy_version}"
-        key = "cluster.deadlines.publish_s"
-        [proof] = wait(
-            [ref], deadline_s=self._deadlines.publish_s, what=what, key=key, watch=self._watch, workers=[member]
-        )
+        seconds, key = self._measured.bound("publish")
+        [proof] = wait([ref], deadline_s=seconds, what=what, key=key, watch=self._watch, workers=[member])
         check_proof(proof, manifest, bound=self._config.logprob_gap_bound)
         return proof
 
     def _refreshed(self, member: Member, publication: Publication, first: BaseException) -> VersionProof:
         """Load the version once more, and into a fresh process if it fails again."""
-        if not isinstance(first, (*FAILURES, DeadlineError)):
+        if not isinstance(first, LATE):
             ref = self._load(member.handle, publication)  # what the learner fails at is not this worker's fault
             try:
                 return self._judged(member, ref, publication.manifest)

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster import schedule
+from cluster.deadlines import Deadlines
 from cluster.pool import Member, Pool, Report
-from cluster.supervision import FAILURES, Handle, Watch, wait
+from cluster.supervision import FAILURES, LATE, Handle, Watch, wait
 from configs.cluster import DeadlinesConfig
 from configs.scoring import HELDOUT, ModelRewardConfig, ScoringConfig
 from protocol import metrics as names
@@ -42,6 +44,7 @@ class ScoringPool:
     ) -> None:
         self._config = config
         self._deadlines = deadlines
+        self._measured = Deadlines(deadlines)
         self._watch = Watch(silence_s=deadlines.silence_s)
         supervised: dict[str, Any] = {"replacements": replacements, "report": report}
         self.rewards = Pool(role="reward", size=config.workers, make=make_reward, **supervised)
@@ -53,6 +56,7 @@ class ScoringPool:
         self._arrived: list[dict[RolloutKey, Finished]] = []
         self._rewards: dict[int, _Sent] = {}
         self._references: dict[int, _Sent] = {}
+        self._first_sent = 0.0
 
     @property
     def _trained(self) -> str | None:
@@ -77,19 +81,27 @@ class ScoringPool:
         index = self._group_of[finished.meta.key]
         self._arrived[index][finished.meta.key] = finished
         if len(self._arrived[index]) == len(self._groups[index]):
+            self._first_sent = monotonic() if not self._rewards else self._first_sent
             self._rewards[index] = self._ask_rewards(index)
             self._references[index] = self._ask_reference(index)
 
     def collect(self) -> ScoredReferences:
-        """Wait for all groups, in key order; what a lost worker owed is asked of its replacement."""
+        """Wait for all groups, in key order; what a lost worker owed is asked of its replacement.
+
+        What is measured begins with the first group sent: what the workers compute fits in that, however much of it
+        was hidden behind generation.
+        """
         missing = [str(key) for i, group in enumerate(self._groups) if i not in self._rewards for key in group]
         if missing:
             raise RuntimeError(f"{len(missing)} responses were never handed over for scoring, such as {missing[0]}")
         order = range(len(self._groups))
-        rewards: list[RewardScores] = [self._reported(i, self.rewards, self._rewards, self._ask_rewards) for i in order]
-        references: list[ReferenceSummary] = [
-            self._reported(i, self.references, self._references, self._ask_reference) for i in order
-        ]
+        with self._measured.measuring("score", "batch", size=len(self._group_of), since=self._first_sent):
+            rewards: list[RewardScores] = [
+                self._reported(i, self.rewards, self._rewards, self._ask_rewards) for i in order
+            ]
+            references: list[ReferenceSummary] = [
+                self._reported(i, self.references, self._references, self._ask_reference) for i in order
+            ]
         scored = tuple(
             ScoredGroup(
                 metas=tuple(self._arrived[i][key].meta for key in self._groups[i]),
@@ -178,15 +190,18 @@ class ScoringPool:
         """Wait for a group's report; where its worker is lost, ask the one that takes its place."""
         while True:
             worker = sent[index].worker
+            size = len(self._group_of)
             try:
-                return self._wait([sent[index].report], f"{pool.role} scores", [worker])[0]
-            except FAILURES as error:
+                what = f"{pool.role} scores of the group of {self._groups[index][0]}"
+                return self._wait([sent[index].report], what, [worker], work="batch", size=size)[0]
+            except LATE as error:
                 if pool.holds(worker):  # else another of its groups has seen to that
                     self._replace(pool, worker, error)
                 sent[index] = ask(index)
 
     def _replace(self, pool: Pool, lost: Member, error: BaseException) -> None:
         fresh = pool.replace(lost, cause=error)
+        self._measured.forget()
         pool.admit(fresh, deadline_s=self._deadlines.start_s)
         if pool is self.rewards:
             self._wait([fresh.handle.load.remote(**self._loaded)], f"loading {fresh.name}", [fresh])
@@ -196,7 +211,11 @@ class ScoringPool:
         self._answers(lambda: [member.handle.load.remote(**what) for member in self.rewards.members], why)
 
     def _answers(self, ask: Callable[[], list[Any]], what: str) -> list[Any]:
-        """Ask reward workers something; where one is lost meanwhile, replace it and ask again."""
+        """Ask reward workers something; where one is lost meanwhile, replace it and ask again.
+
+        Raises:
+            DeadlineError: If workers that answer do not finish within the configured bound.
+        """
         while True:
             try:
                 return self._wait(ask(), what, self.rewards.members)
@@ -204,15 +223,12 @@ class ScoringPool:
                 for member, error in self._watch.lost(self.rewards.members):
                     self._replace(self.rewards, member, error)
 
-    def _wait(self, refs: list[Any], what: str, workers: Sequence[Member]) -> list[Any]:
-        return wait(
-            refs,
-            deadline_s=self._deadlines.score_s,
-            what=what,
-            key="cluster.deadlines.score_s",
-            watch=self._watch,
-            workers=workers,
-        )
+    def _wait(
+        self, refs: list[Any], what: str, workers: Sequence[Member], *, work: str = "", size: int = 1
+    ) -> list[Any]:
+        """Wait under the configured bound, or a measured one where the work is measured: the scoring of a batch."""
+        seconds, key = self._measured.bound("score", work, size=size)
+        return wait(refs, deadline_s=seconds, what=what, key=key, watch=self._watch, workers=workers)
 
 
 def summarise(

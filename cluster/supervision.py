@@ -26,6 +26,8 @@ class SilentWorkerError(RuntimeError):
 
 FAILURES = (RayActorError, SilentWorkerError)
 """What a lost worker looks like to the driver, as opposed to a worker that raised an error of its own."""
+LATE = (*FAILURES, DeadlineError)
+"""Likewise, where a worker that answers and does not finish is replaced too."""
 
 
 class Watched(Protocol):
@@ -133,11 +135,18 @@ def wait(
         done, pending = ray.wait(pending, timeout=left if watch is None else min(left, watch.quiet_s))
         if done:
             found[done[0]] = _result_of(done[0])
-        elif monotonic() >= deadline:
-            raise DeadlineError(f"{what}: {len(pending)} of {len(refs)} did not answer within {key} = {deadline_s:g} s")
-        elif watch is not None:
+            continue
+        if watch is not None:  # also at the deadline: silence has another cause than slowness
             watch.require_answers(workers)
+        if monotonic() >= deadline:
+            late = _names([refs.index(ref) for ref in pending], workers if len(workers) == len(refs) else ())
+            text = f"{what}: {len(pending)} of {len(refs)} did not answer within {key} = {deadline_s:.4g} s{late}"
+            raise DeadlineError(text)
     return [found[ref] for ref in refs]
+
+
+def _names(places: Sequence[int], workers: Sequence[Watched]) -> str:
+    return f": {', '.join(workers[place].name for place in sorted(places))}" if workers else ""
 
 
 def _result_of(ref: Any) -> Any:

@@ -1,6 +1,8 @@
 """Where the workers run, and how long anything may take."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from configs.base import NonNegativeInt, PositiveFloat, PositiveInt, Seconds, Section
 
@@ -22,7 +24,11 @@ class PlacementConfig(Section):
 
 
 class DeadlinesConfig(Section):
-    """Upper bounds of every wait, in seconds."""
+    """Upper bounds of every wait, in seconds.
+
+    What is done again and again (generate, score, learn, publish, checkpoint) is bounded more tightly once it has been
+    measured three times: min(bound, max(floor_s, multiple x the longest of the last 20)).
+    """
 
     placement_s: Seconds = 60.0
     """Until the cluster has granted all placement groups."""
@@ -38,6 +44,10 @@ class DeadlinesConfig(Section):
     """The update of one iteration."""
     publish_s: Seconds = 600.0
     checkpoint_s: Seconds = 1800.0
+    floor_s: Seconds = 120.0
+    """No measured bound is shorter."""
+    multiple: Annotated[float, Field(ge=2)] = 10.0
+    """So many times the longest measured duration."""
     grace_s: Seconds = 30.0
     """From SIGTERM, SIGINT or SIGUSR1 to the end of the process: the iteration in hand, a checkpoint and the workers'
     end. What is not done by then is left undone."""

@@ -16,7 +16,7 @@ class Incident:
     """A fault and what was done about it."""
 
     kind: str
-    """`worker_lost`, `worker_silent`, `learner_lost`, `nonfinite` and the like."""
+    """`worker_lost`, `worker_silent`, `worker_late`, `learner_lost`, `nonfinite` and the like."""
     what: str
     """One line for people."""
     where: str

@@ -1,5 +1,6 @@
 """Two ranks as Ray actors: they connect, learn from references, publish, save, and come back as they were."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 import ray
 
+from cluster.learner_group import LearnerGroup
 from configs.load import load
 from configs.run import RunConfig
 from learner.worker import environment, remote_class
 from protocol import metrics as names
-from protocol.messages import ReferenceLogprobs, RewardScores
-from protocol.roles import RolloutRef
+from protocol.errors import LearnerLostError
+from protocol.messages import ReferenceLogprobs, RewardScores, RolloutMeta
+from protocol.roles import RolloutRef, ScoredGroup, ScoredReferences, ScoringSummary
 from protocol.weights import WeightManifest, digest
 from tests.learner_batches import scored_batch, tiny_critic
 from tests.tiny import tiny_llama
@@ -130,6 +133,51 @@ def test_a_batch_that_cannot_be_learned_from_is_kept(cluster: None, models: tupl
     assert (tmp_path / "incidents" / "nonfinite-r001-i000000.parquet").exists()
     for rank in ranks:
         ray.kill(rank, no_restart=True)
+
+
+def test_a_rank_that_hangs_costs_a_measured_deadline_and_leaves_its_stacks(
+    cluster: None, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    floor = ("cluster.deadlines.floor_s=4", "cluster.deadlines.multiple=2")
+    config = load("quickstart", tiny_overrides(tmp_path, *OVERRIDES, *floor))
+    make = remote_class().options(num_cpus=1, runtime_env={"env_vars": environment(config)})
+    group = LearnerGroup(
+        config,
+        make=lambda rank, name: make.remote(rank=rank, world_size=2, config=config, run_directory=tmp_path),
+    )
+    group.started()
+    group.start_rl(policy=models[0], reward_model=models[1], iterations=9)
+    for iteration in range(3):
+        group.update(references(iteration), round=1, iteration=iteration)
+
+    def hang(rank: Any) -> None:
+        rank._rank.update = lambda *args, **kwargs: time.sleep(1000)
+
+    ray.get(group.members[1].handle.__ray_call__.remote(hang))
+    began = time.monotonic()
+    with pytest.raises(LearnerLostError) as error:
+        group.update(references(3), round=1, iteration=3)
+    assert time.monotonic() - began < 60  # learn_s is 3600 s
+    text = str(error.value)
+    assert "learner.update on 2 ranks: 2 of 2 did not answer within cluster.deadlines." in text
+    assert "the longest of the last 3 took" in text
+    assert text.endswith(": learner-0, learner-1")
+    assert "lambda" in error.value.stacks["learner-1"]
+    assert "lambda" not in error.value.stacks["learner-0"]  # it waits for the other in a collective
+    group.stop()
+
+
+def references(iteration: int) -> ScoredReferences:
+    groups = tuple(
+        ScoredGroup(
+            metas=tuple(RolloutMeta.of(ray.get(ref.step)[0]) for ref in rollouts),
+            rollouts=tuple(rollouts),
+            rewards=rewards,
+            reference=reference,
+        )
+        for rollouts, rewards, reference in groups_of(iteration)
+    )
+    return ScoredReferences(groups=groups, summary=ScoringSummary(means={}, scores={}, gold={}, kl_nats={}, busy_s={}))
 
 
 def status_of(worker: Any) -> dict[str, Any]:

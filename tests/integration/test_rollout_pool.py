@@ -1,6 +1,7 @@
 """The rollout pool over real workers: fenced, refreshed, replaced, and no response lost or doubled."""
 
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cluster.pool import WorkersLostError
 from cluster.rollout_pool import RolloutPool
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
+from protocol.incidents import Incident
 from protocol.messages import Prompt, RolloutKey, RolloutRequest
 from protocol.roles import Publication
 from tests.tiny import tiny_llama, tiny_publication
@@ -55,14 +57,20 @@ def publication(model: Path, version: int) -> Publication:
 
 
 @pytest.fixture
-def pool(cluster: None, model: Path) -> Iterator[RolloutPool]:
+def incidents() -> list[Incident]:
+    return []
+
+
+@pytest.fixture
+def pool(cluster: None, model: Path, incidents: list[Incident]) -> Iterator[RolloutPool]:
     environment = {"env_vars": rollout_worker.environment(CONFIG, "cpu")}
 
     def make(index: int, name: str) -> Any:
         remote = rollout_worker.remote_class().options(num_cpus=0.5, runtime_env=environment)
         return remote.remote(name=name, model_path=str(model), config=CONFIG, backend="cpu", policy_version=0)
 
-    made = RolloutPool(CONFIG, DeadlinesConfig(), make=make, replacements=1, report=lambda incident: None)
+    deadlines = DeadlinesConfig(floor_s=3.0)  # it bounds nothing before three batches have been measured
+    made = RolloutPool(CONFIG, deadlines, make=make, replacements=1, report=incidents.append)
     made.started()
     yield made
     made.stop()
@@ -117,3 +125,24 @@ def test_a_worker_without_proof_is_fenced_refreshed_and_readmitted(
     assert [proof.worker for proof in proofs] == ["rollout-0", "rollout-1"]
     assert all(proof.canary_gap_max < 1e-4 for proof in proofs)
     assert len(list(pool.generate(make_requests(6), policy_version=1))) == 6
+
+
+def test_an_engine_that_hangs_costs_a_measured_deadline_and_not_the_configured_one(
+    pool: RolloutPool, model: Path, incidents: list[Incident]
+) -> None:
+    def hang(worker: Any) -> None:
+        worker._engine._step = lambda: time.sleep(1000)
+
+    pool.load(publication(model, 1))
+    requests = make_requests(4)
+    expected, *_ = [{f.meta.key for f in pool.generate(requests, policy_version=1)} for _ in range(3)]
+    ray.get(pool.members[1].handle.__ray_call__.remote(hang))
+    began = time.monotonic()
+    assert {f.meta.key for f in pool.generate(requests, policy_version=1)} == expected
+    assert time.monotonic() - began < 100  # silence_s is 120 s, generate_s 1800 s
+    [incident] = incidents
+    assert (incident.kind, incident.where) == ("worker_late", "rollout-1")
+    assert "rollout-1 owes 2 responses, the first r1/i0/p#1, after cluster.deadlines." in incident.cause
+    assert "the longest of the last 3 took " in incident.cause
+    assert "cluster.deadlines.generate_s = 1800 s" in incident.cause
+    assert "hang" in incident.data["stacks"] or "lambda" in incident.data["stacks"]
