@@ -27,6 +27,7 @@ from cluster.refresh import Refresh
 from cluster.run_directory import RunDirectory
 from cluster.schedule import Phase, RunState
 from cluster.scores import Scores
+from cluster.stopping import STOPPING, Stopped
 from cluster.tracking import Sinks, read_lines
 from configs.load import config_hash
 from configs.run import RunConfig
@@ -61,11 +62,12 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class _Standstill:
-    """The end of an iteration: what its checkpoint holds or would hold, as long as the learner has not moved on."""
+    """The end of an iteration: what a checkpoint of it holds, as long as the learner has not moved on."""
 
     state: RunState
     prompts: dict[str, Any]
-    updates: int
+    updates: int | None
+    """Batches that the learner had been given."""
 
 
 class RunStages:
@@ -153,10 +155,10 @@ class RunStages:
         if spent:
             raise error
         self._restarts_left -= 1
+        self._standstill = None
         self.crew.stop_learner()
         self._close_sinks()
         self._prompts.rewind()
-        self._standstill = None
         self._committer.settle()
         return self.resume()
 
@@ -164,10 +166,14 @@ class RunStages:
         """Commit what stands, if the learner is exactly there: for a run that must stop between two checkpoints."""
         self._committer.settle()
         last = self._standstill
-        if last is not None and not self._is_committed(last.state) and self.crew.learner.updates == last.updates:
+        if last is not None and not self._is_durable(last.state) and self.crew.updates == last.updates:
             self._commit(last)
             self._committer.settle()
             _LOG.warning("checkpoint after iteration %d of round %d", last.state.iteration, last.state.round)
+
+    def in_hand(self) -> bool:
+        """Say whether the learner has begun an iteration that is not over: `save` could commit nothing now."""
+        return self._standstill is not None and self.crew.updates not in (None, self._standstill.updates)
 
     def reached(self, state: RunState) -> None:
         """Make the beginning of a phase durable, after the checkpoint that it goes on from.
@@ -226,6 +232,7 @@ class RunStages:
         scoring = self._scores.workers(state)
         stream = self._start_learning(state)
         self.crew.publish(state.policy_version)
+        self._stands(state)
         if self._sinks is None:
             self._sinks = self._open_sinks(self._standing_iterations(state))
         self._history = self._standing(state)
@@ -251,11 +258,12 @@ class RunStages:
         if self.config.tracking.save_rollouts:
             self.directory.rollouts.mkdir(exist_ok=True)
             self.crew.learner.write_rollouts(self.directory.rollouts / f"v{report.policy_version - 1:05d}.parquet")
-        prompts = self._prompts.stream().state_dict()
-        self._standstill = _Standstill(state, prompts, updates=self.crew.learner.updates)
+        standstill = self._stands(state)
         if schedule.checkpoint_is_due(state, self.config):
-            self._commit(self._standstill)
+            self._commit(standstill)
         self.incidents.at(state)
+        if STOPPING.asked:
+            raise Stopped
 
     def evaluate(self, state: RunState) -> None:
         """Export the policy that the round ends with, and compare it with the supervised one."""
@@ -270,6 +278,7 @@ class RunStages:
             parents.append(f"reward_models/v{state.reward_version:03d}")
         data = {"iterations": state.iteration} | ({} if state.alarm is None else {"stopped": state.alarm})
         self._note_policy(state.policy_version, round=state.round, parents=tuple(parents), data=data)
+        self._standstill = None
         self.crew.finish_rl()
         if not self._prompts.held_out():
             return
@@ -303,6 +312,11 @@ class RunStages:
             self.crew.release()
         finally:
             self._committer.close(wait_s=_LAST_COMMIT_S)
+
+    def _stands(self, state: RunState) -> _Standstill:
+        prompts = self._prompts.stream().state_dict()
+        self._standstill = _Standstill(state, prompts, updates=self.crew.updates)
+        return self._standstill
 
     def _close_sinks(self) -> None:
         if self._sinks is not None:
@@ -346,6 +360,10 @@ class RunStages:
         config = config_hash(self.config)
         artefact = Artefact(name=name, kind="policy", round=round, config=config, parents=parents, data=data or {})
         lineage.note(self.directory.lineage, artefact)
+
+    def _is_durable(self, state: RunState) -> bool:
+        """Say whether a run that ends here goes on from here: a round's beginning needs no checkpoint."""
+        return state.iteration == 0 or self._is_committed(state)
 
     def _is_committed(self, state: RunState) -> bool:
         latest = self._committer.latest

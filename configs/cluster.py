@@ -51,6 +51,9 @@ class DeadlinesConfig(Section):
     """No measured bound is shorter."""
     multiple: Annotated[float, Field(ge=2)] = 10.0
     """So many times the longest measured duration."""
+    grace_s: Seconds = 30.0
+    """From SIGTERM, SIGINT or SIGUSR1 to the end of the process: the iteration in hand, a checkpoint and the workers'
+    end. What is not done by then is left undone."""
 
 
 class ClusterConfig(Section):
