@@ -208,8 +208,16 @@ def retain(root: Path, latest: Checkpoint, *, choose: Callable[[Sequence[Checkpo
     keep = {latest.name, *choose([*by_place.values(), latest])}
     for directory in directories:
         if directory.name not in keep:
-            _discard(directory)
+            discard(directory)
     tidy(root)
+
+
+def discard(directory: Path) -> None:
+    """Take a checkpoint's name away for good before the first of its files, so that half of it is never a candidate."""
+    hidden = directory.with_name(f"{_DISCARDED}{directory.name}-{uuid.uuid4().hex[:8]}")
+    directory.rename(hidden)
+    sync(directory.parent)
+    _remove(hidden)
 
 
 def tidy(root: Path) -> None:
@@ -262,14 +270,6 @@ def _free(root: Path, name: str) -> Path:
         attempt += 1
         target = root / f"{name}.{attempt:02d}"
     return target
-
-
-def _discard(directory: Path) -> None:
-    """Take a checkpoint's name away for good before the first of its files, so that half of it is never a candidate."""
-    hidden = directory.with_name(f"{_DISCARDED}{directory.name}-{uuid.uuid4().hex[:8]}")
-    directory.rename(hidden)
-    sync(directory.parent)
-    _remove(hidden)
 
 
 def _remove(path: Path) -> None:

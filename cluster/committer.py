@@ -46,9 +46,18 @@ class _Commit:
         """Do all that the learner need not stand still for."""
         try:
             self.found = checkpoint.finish(self.staged)
-            checkpoint.retain(self.found.directory.parent, self.found, choose=self.choose)
+            self._retain(self.found)
         except Exception as error:  # noqa: BLE001 - it is raised where the commit is waited for
             self.error = error
+
+    def _retain(self, found: Checkpoint) -> None:
+        try:
+            checkpoint.retain(found.directory.parent, found, choose=self.choose)
+        except CheckpointError as error:
+            self.found = None
+            # It must take no sound one's place.
+            checkpoint.discard(found.directory)
+            raise OSError(errno.EIO, f"it does not read back as it was written: {error}") from error
 
 
 class Committer:
@@ -152,16 +161,12 @@ class Committer:
 
     def _conclude(self, commit: _Commit) -> None:
         self._current = None
-        error = commit.error
-        if commit.found is not None and isinstance(error, CheckpointError):
-            # The disk has taken it and gives something else back.
-            error = OSError(errno.EIO, f"it does not read back as it was written: {error}")
-        elif commit.found is not None:
+        if commit.found is not None:
             self.latest = commit.found
-        if error is None:
+        if commit.error is None:
             self._failures = 0
         else:
-            self._failed(commit.staged.name, error)
+            self._failed(commit.staged.name, commit.error)
 
     def _require_room(self) -> None:
         if self.latest is None:

@@ -103,6 +103,17 @@ def test_a_checkpoint_resumes_bit_for_bit(findings: Any, stage: int, world_size:
 
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize("stage", STAGES)
+def test_what_one_rank_s_disk_refuses_is_raised_on_all_and_leaves_no_trace(
+    findings: Any, stage: int, world_size: int
+) -> None:
+    """That it leaves none is what the test above shows: the attempt comes between the checkpoint and its last step."""
+    writer = world_size - 1 if stage > 0 else 0
+    for rank in findings[world_size]:
+        assert rank["stages"][stage]["refused"] == f"EFBIG: File too large (learner rank {writer})"
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_published_buckets_are_the_full_parameters(findings: Any, stage: int, world_size: int) -> None:
     assert findings[world_size][0]["stages"][stage]["published_equals_weights"]
 

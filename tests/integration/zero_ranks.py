@@ -3,10 +3,12 @@
 python -m tests.integration.zero_ranks RANK WORLD_SIZE PORT_FILE OUTPUT_DIRECTORY
 """
 
+import errno
 import os
 import socket
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from learner.training import NonFiniteError, RankContext, TrainingEngine
 from learner.update import Updater, UpdateSettings
 from protocol.weights import WeightManifest
 from tests.learner_batches import scored_batch, tiny_critic, tiny_policy
+from tests.small_disk import files_no_longer_than
 
 HIDDEN = 128
 """Wide enough that ZeRO 3 really shards: smaller matrices stay whole on every rank."""
@@ -84,6 +87,7 @@ def gradient_and_updates(context: RankContext, stage: int, directory: Path) -> d
     state = checkpoint.LearnerState(policy_version=4, kl_controller=updater.controller.state_dict())
     part = directory / f"checkpoint-{context.world_size}-{stage}"
     checkpoint.save(part, engines={"policy": updater.policy, "critic": updater.critic}, state=state)
+    refused = refused_save(updater, state, part.with_name(f"{part.name}-refused"))
     reports.append(updater.update(scored_batch(seed=2, iteration=2)))
     last = full_weights(updater.policy)
     published = publication(updater.policy)
@@ -102,8 +106,25 @@ def gradient_and_updates(context: RankContext, stage: int, directory: Path) -> d
         "metrics": [dict(report.metrics) for report in reports],
         "weights": last,
         "resumes_bit_for_bit": same,
+        "refused": refused,
         "published_equals_weights": published,
     }
+
+
+def refused_save(updater: Updater, state: checkpoint.LearnerState, directory: Path) -> str:
+    """Save where one rank's disk takes no file of more than a few bytes, and return what this rank was told of it.
+
+    What follows shows whether the ranks are still in step, and whether the attempt has left a trace.
+    """
+    context, stage = updater.policy.context, updater.policy._stage  # pyright: ignore[reportAttributeAccessIssue]
+    # Without ZeRO rank 0 writes everything.
+    writer = context.world_size - 1 if stage > 0 else 0
+    try:
+        with files_no_longer_than(5000) if context.rank == writer else nullcontext():
+            checkpoint.save(directory, engines={"policy": updater.policy, "critic": updater.critic}, state=state)
+    except OSError as error:
+        return f"{errno.errorcode[error.errno or 0]}: {error.strerror}"
+    return "it was taken"
 
 
 def publication(engine: TrainingEngine) -> bool | None:
