@@ -1,5 +1,6 @@
 """A run's incidents: a record each under `incidents/`, and a line each on the terminal."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,5 +31,12 @@ class IncidentLog:
         """Keep an incident."""
         state = self.state
         placed = replace(incident, round=state.round, iteration=state.iteration, policy_version=state.policy_version)
-        path = write(self._directory, placed)
-        self._say(f"incident: {placed.what}; {placed.action} ({path.parent.name}/{path.name})")
+        self._tell(placed.what, placed.action, write(self._directory, placed))
+
+    def kept(self, path: Path) -> None:
+        """Say that a worker has kept an incident of its own."""
+        record = json.loads(path.read_text(encoding="utf-8"))
+        self._tell(record["what"], record["action"], path)
+
+    def _tell(self, what: str, action: str, path: Path) -> None:
+        self._say(f"incident: {what}; {action} ({path.parent.name}/{path.name})")

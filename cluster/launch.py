@@ -43,6 +43,7 @@ from configs.run import RunConfig
 from protocol import tokens
 from protocol.errors import UserError, WorkersLostError
 from reward_service.preferences.store import PreferenceStore
+from reward_service.scoring import RewardError
 
 
 def train(config: RunConfig, console: Console, *, verbose: bool = False, faults: Sequence[Fault] = ()) -> RunDirectory:
@@ -99,6 +100,10 @@ def _run(
                 write_report(directory, config, store)
             except WorkersLostError:
                 stages.save()
+                raise
+            except RewardError as error:
+                if error.incident is not None:
+                    stages.incidents.kept(Path(error.incident))
                 raise
             finally:
                 injector.stop()

@@ -38,19 +38,21 @@ def incidents_section(record: Record) -> Section:
     rows: list[tuple[str | Cell, ...]] = []
     folded: list[Folded] = []
     for name, incident in record.incidents.items():
-        kind, what = "file", "kept for a post-mortem"
+        kind, what, command = "file", "kept for a post-mortem", ""
         if isinstance(incident, dict):
             kind, what = str(incident.get("kind", "incident")), str(incident.get("what", ""))
+            command = str(incident.get("reproduce", ""))
             if len(folded) < _MAX_INCIDENTS:
                 text = json.dumps(without_secrets(incident), indent=1, ensure_ascii=False, default=str)
                 folded.append(Folded(title=clipped(name, 200), text=clipped(_no_password(text), _MAX_CHARS)))
-        rows.append((clipped(name, 200), clipped(kind.replace("_", " "), 80), clipped(_no_password(what), 500)))
+        texts = (clipped(_no_password(what), 500), clipped(_no_password(command), 500))
+        rows.append((clipped(name, 200), clipped(kind.replace("_", " "), 80), *texts))
     prose = [] if alarms or rows else ["No guard raised an alarm, and nothing was recorded under incidents/."]
     tables = ()
     if rows:
         caption = "Incidents, oldest first"
-        columns = ("file", "kind", "what happened")
-        tables = (Table(caption=caption, columns=columns, rows=tuple(rows), text_columns=frozenset({0, 1, 2})),)
+        columns = ("file", "kind", "what happened", "see or repeat it with")
+        tables = (Table(caption=caption, columns=columns, rows=tuple(rows), text_columns=frozenset({0, 1, 2, 3})),)
     return Section(
         anchor="incidents",
         title="Incidents and alarms",
