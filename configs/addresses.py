@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 from urllib.parse import parse_qsl, urlsplit
 
+HIDDEN = "(hidden)"
 _SECRET = re.compile(r"key|token|secret|passw|credential|auth(?!or)|signature|^(sig|code|pw|pwd)$", re.IGNORECASE)
-_PASSWORD = re.compile(r"://[^/\s@]*:[^/\s]+@")
+_PASSWORD = re.compile(r"(?<=://)([^/\s:@]*):[^/\s]+@")
 _METADATA = frozenset(
     ipaddress.ip_address(address) for address in ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254")
 )
@@ -32,6 +33,11 @@ def with_passwords(values: object, path: str = "") -> list[str]:
     else:
         return [path] if isinstance(values, str) and _PASSWORD.search(values) else []
     return [found for key, value in below for found in with_passwords(value, f"{path}.{key}" if path else str(key))]
+
+
+def without_passwords(text: str) -> str:
+    """Hide the password of every address in a text."""
+    return _PASSWORD.sub(rf"\1:{HIDDEN}@", text)
 
 
 def forbidden(address: str) -> str | None:

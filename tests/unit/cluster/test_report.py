@@ -15,11 +15,12 @@ import pytest
 from cluster.report import write_report
 from cluster.report_charts import Axis, Point, Series, round_numbers, xy_chart
 from cluster.report_judgement import wilson
-from cluster.report_origins import HIDDEN, flattened, without_secrets
+from cluster.report_origins import flattened, without_secrets
 from cluster.report_parts import clipped, duration, number, signed, spread
 from cluster.report_record import read_record
 from cluster.run_directory import RunDirectory, claim
 from cluster.schedule import Phase, RunState
+from configs.addresses import HIDDEN
 from configs.run import RunConfig
 from protocol.files import write_json
 from reward_service.preferences.store import PreferenceStore
