@@ -32,7 +32,9 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
 ckpt_app = typer.Typer(no_args_is_help=True, help="List and verify checkpoints.")
 app.add_typer(data_app, name="data")
+incident_app = typer.Typer(no_args_is_help=True, help="Look at what went wrong in a run.")
 app.add_typer(ckpt_app, name="ckpt")
+app.add_typer(incident_app, name="incident")
 app.add_typer(label_app, name="label")
 
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -304,6 +306,14 @@ def ckpt_verify(
             _console.print(f"FAIL  {error}", highlight=False, markup=False, soft_wrap=True)
     if failed:
         raise typer.Exit(EXIT_USER)
+
+
+@incident_app.command("show")
+def incident_show(file: Annotated[Path, typer.Argument(help="A .json file of a run's incidents/.")]) -> None:
+    """Show an incident, and of a failed reward the first responses it was asked about."""
+    from cluster.incident_show import described
+
+    _console.print(described(file), markup=False, highlight=False, soft_wrap=True)
 
 
 @data_app.command("inspect")

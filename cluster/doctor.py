@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from configs.addresses import without_passwords
+
 _NEEDED = {"torch": "2.13.0", "transformers": "5.19.0", "ray": "2.60.0", "deepspeed": "0.19.8", "pydantic": "2.14.3"}
 _MIN_MEMORY_GIB = 10
 _MIN_DISK_GIB = 5
@@ -91,4 +93,8 @@ def _exposure() -> list[Finding]:
         return [Finding(True, "no RAY_ADDRESS: a run starts a Ray of its own, with token authentication")]
     token = os.environ.get("RAY_AUTH_MODE") == "token"
     hint = "" if token else "; next: start the cluster with RAY_AUTH_MODE=token and a token"
-    return [Finding(token, f"RAY_ADDRESS={address} with{'' if token else 'out'} token authentication{hint}")]
+    return [
+        Finding(
+            token, f"RAY_ADDRESS={without_passwords(address)} with{'' if token else 'out'} token authentication{hint}"
+        )
+    ]

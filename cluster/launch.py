@@ -47,6 +47,7 @@ from protocol import tokens
 from protocol.errors import UserError, WorkersLostError
 from protocol.files import write_json, writing
 from reward_service.preferences.store import PreferenceStore
+from reward_service.scoring import RewardError
 
 _LOG = logging.getLogger(__name__)
 
@@ -111,6 +112,10 @@ def _run(
                 raise
             except Stopped:
                 _save_what_stands(stages)
+                raise
+            except RewardError as error:
+                if error.incident is not None:
+                    stages.incidents.kept(Path(error.incident))
                 raise
             finally:
                 injector.stop()

@@ -2,15 +2,42 @@
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 from urllib.parse import parse_qsl, urlsplit
 
+HIDDEN = "(hidden)"
 _SECRET = re.compile(r"key|token|secret|passw|credential|auth(?!or)|signature|^(sig|code|pw|pwd)$", re.IGNORECASE)
+_PASSWORD = re.compile(r"(?<=://)([^/\s:@]*):[^/\s]+@")
 _METADATA = frozenset(
     ipaddress.ip_address(address) for address in ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254")
 )
 """Metadata services outside the link-local range: Alibaba Cloud, Azure, Oracle Cloud, AWS over IPv6."""
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+def with_passwords(values: object, path: str = "") -> list[str]:
+    """Find the addresses with a password in them (`scheme://user:password@host`) in a tree of values.
+
+    Args:
+        values: Mappings, lists and whatever else.
+        path: The dotted key of the tree itself.
+
+    Returns:
+        The dotted key of each.
+    """
+    if isinstance(values, Mapping):
+        below = cast(Mapping[object, object], values).items()
+    elif isinstance(values, list):
+        below = enumerate(cast(list[object], values))
+    else:
+        return [path] if isinstance(values, str) and _PASSWORD.search(values) else []
+    return [found for key, value in below for found in with_passwords(value, f"{path}.{key}" if path else str(key))]
+
+
+def without_passwords(text: str) -> str:
+    """Hide the password of every address in a text."""
+    return _PASSWORD.sub(rf"\1:{HIDDEN}@", text)
 
 
 def forbidden(address: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any, cast, get_args
 from pydantic import BaseModel, ValidationError
 
 from configs import yaml_tree
+from configs.addresses import with_passwords
 from configs.algorithm import AlgorithmConfig
 from configs.run import RunConfig
 
@@ -42,6 +43,11 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = _read_yaml(path)
     for override in overrides:
         _apply(tree, override)
+    # Before anything that would quote a value: what stands here is kept in the run and shown to whoever looks at it.
+    if found := with_passwords(tree):
+        raise ConfigError(
+            f"{found[0]}: this address has a password in it; a secret comes from the environment\n{_NEXT}"
+        )
     try:
         # Strict JSON mode takes a YAML list where a tuple is declared, and coerces nothing else.
         return RunConfig.model_validate_json(json.dumps(tree))

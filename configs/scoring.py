@@ -13,6 +13,7 @@ from configs.base import (
     PositiveInt,
     Seconds,
     Section,
+    VariableName,
 )
 
 HELDOUT = "heldout"
@@ -64,7 +65,7 @@ class HTTPRewardConfig(Section):
     """After so many groups in a row that were left unanswered, the endpoint is not asked for a while ..."""
     breaker_cooldown_s: Seconds = 60.0
     """... of so many seconds, and then by one group as a probe."""
-    token_env: str | None = None
+    token_env: VariableName | None = None
     """Environment variable that holds a bearer token."""
 
 

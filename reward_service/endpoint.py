@@ -168,11 +168,12 @@ class HTTPReward:
             raise failed(error.what, error.key) from None
 
     def _retrying(self, deadline_s: float) -> tenacity.AsyncRetrying:
-        def too_late(state: tenacity.RetryCallState) -> bool:
-            return time.monotonic() + state.upcoming_sleep >= deadline_s
+        def enough(state: tenacity.RetryCallState) -> bool:
+            too_late = time.monotonic() + state.upcoming_sleep >= deadline_s
+            return too_late or state.attempt_number >= self._config.attempts
 
         return tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(self._config.attempts) | too_late,
+            stop=enough,
             wait=self._wait_s,
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, NoAnswer) and error.may_pass),
             reraise=True,

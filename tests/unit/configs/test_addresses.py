@@ -97,7 +97,7 @@ def test_the_allow_list_takes_nothing_else(entry: str) -> None:
 def test_a_configuration_is_held_to_it_wherever_it_names_an_endpoint(section: str, where: str) -> None:
     overrides = ["models.critic.init=policy", "rounds.collect.comparisons=0", "rounds.count=2"]
     for url, allowed, words in (
-        ("http://me:hunter2@a.example/v1", "null", "a user or a password"),
+        ("http://hunter2@a.example/v1", "null", "a user or a password"),
         ("http://169.254.169.254/v1", "null", "a link-local address"),
         ("http://a.example/v1", "[b.example]", "a.example:80 is not among cluster.allowed_hosts (b.example)"),
     ):
@@ -109,3 +109,24 @@ def test_a_configuration_is_held_to_it_wherever_it_names_an_endpoint(section: st
         assert "hunter2" not in str(caught.value)
     fine = [section.replace("URL", "http://a.example/v1"), "cluster.allowed_hosts=[a.example]"]
     assert load("quickstart", [*overrides, *fine]).cluster.allowed_hosts == ["a.example"]
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        ("data.prompts.source=https://me:hunter2@data.example/prompts.jsonl", "data.prompts.source"),
+        ("cluster.address=ray://:hunter2@head:10001", "cluster.address"),
+        ("scoring.rewards=[{kind: http, name: a, url: 'http://me:hunter2@b/'}]", "scoring.rewards.0.url"),
+        ("models.policy={path: 'https://me:hunter2@hub.example/m'}", "models.policy.path"),
+    ],
+)
+def test_no_value_at_all_is_an_address_with_a_password(override: str, where: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("quickstart", [override])
+    assert f"{where}: this address has a password in it" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["https://data.example:8443/a@b", "s3://bucket/a:b@c", "me@host:/data"])
+def test_an_at_sign_elsewhere_is_no_password(source: str) -> None:
+    assert load("quickstart", [f"data.prompts.source={source}"]).data.prompts.source == source
