@@ -29,7 +29,7 @@ from cluster.tracking import Sinks
 from configs.load import config_hash
 from configs.run import RunConfig
 from protocol import metrics as names
-from protocol.errors import LearnerLostError, UserError
+from protocol.errors import LearnerLostError, RollbackError, UserError
 from protocol.files import write_json
 from protocol.incidents import Incident
 from protocol.messages import IterationReport, RoundReport
@@ -96,6 +96,7 @@ class RunStages:
         self._progress = progress
         self.incidents = incidents
         self._restarts_left = config.cluster.learner_restarts
+        self._rolled_back: set[tuple[int, int]] = set()
         self._standstill: _Standstill | None = None
         self._resumed: checkpoint.Checkpoint | None = None
         self._sinks: Sinks | None = None
@@ -131,21 +132,32 @@ class RunStages:
         return state
 
     def recover(self, error: LearnerLostError) -> RunState:
-        """Give the learner's ranks up, and go on where a new process would: at what is durable."""
-        spent = self._restarts_left <= 0
-        action = "all ranks start again, from the last checkpoint"
+        """Give the learner's ranks up, and go on where a new process would: at what is durable.
+
+        Raises:
+            LearnerLostError: If they may not start again: cluster.learner_restarts is used up, or the learner refuses
+                the same iteration a second time.
+        """
+        rolls_back = isinstance(error, RollbackError)
+        action, stops = "all ranks start again, from the last checkpoint", False
+        if self._restarts_left <= 0:
+            action, stops = "the run stops: cluster.learner_restarts is used up", True
+        elif isinstance(error, RollbackError) and error.place in self._rolled_back:
+            action, stops = "the run stops: after a rollback the learner refuses the same iteration again", True
         self.incidents(
             Incident(
-                kind="learner_lost",
+                kind="rolled_back" if rolls_back else "learner_lost",
                 what=str(error),
                 where="learner",
                 cause=str(error.__cause__ or ""),
-                action="the run stops: cluster.learner_restarts is used up" if spent else action,
+                action=action,
                 data={"stacks": error.stacks},
             )
         )
-        if spent:
+        if stops:
             raise error
+        if isinstance(error, RollbackError):
+            self._rolled_back.add(error.place)
         self._restarts_left -= 1
         self.crew.stop_learner()
         self._close_sinks()
