@@ -222,14 +222,20 @@ class Rank:
         """Write all state."""
         updater = self._running()
         controller = None if updater.controller is None else updater.controller.state_dict()
-        state = checkpoint.LearnerState(policy_version=self.policy_version, kl_controller=controller)
+        state = checkpoint.LearnerState(
+            policy_version=self.policy_version,
+            kl_controller=controller,
+            world_size=self.context.world_size,
+            zero_stage=self._config.learner.zero_stage,
+        )
         checkpoint.save(directory, engines={"policy": updater.policy, "critic": updater.critic}, state=state)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote; the files must have been verified."""
         updater = self._running()
         self._standing = None
-        state = checkpoint.load(directory, engines={"policy": updater.policy, "critic": updater.critic})
+        engines = {"policy": updater.policy, "critic": updater.critic}
+        state = checkpoint.load(directory, engines=engines, zero_stage=self._config.learner.zero_stage)
         self.policy_version = state.policy_version
         if updater.controller is not None and state.kl_controller is not None:
             updater.controller.load_state_dict(state.kl_controller)

@@ -84,7 +84,12 @@ def gradient_and_updates(context: RankContext, stage: int, directory: Path) -> d
     updater = make_updater(context, zero_stage=stage)
     reports = [updater.update(scored_batch(seed=i, iteration=i)) for i in range(2)]
     assert updater.controller is not None
-    state = checkpoint.LearnerState(policy_version=4, kl_controller=updater.controller.state_dict())
+    state = checkpoint.LearnerState(
+        policy_version=4,
+        kl_controller=updater.controller.state_dict(),
+        world_size=context.world_size,
+        zero_stage=stage,
+    )
     part = directory / f"checkpoint-{context.world_size}-{stage}"
     checkpoint.save(part, engines={"policy": updater.policy, "critic": updater.critic}, state=state)
     reports.append(updater.update(scored_batch(seed=2, iteration=2)))
@@ -94,7 +99,8 @@ def gradient_and_updates(context: RankContext, stage: int, directory: Path) -> d
 
     resumed = make_updater(context, zero_stage=stage)
     assert resumed.controller is not None
-    found = checkpoint.load(part, engines={"policy": resumed.policy, "critic": resumed.critic})
+    engines = {"policy": resumed.policy, "critic": resumed.critic}
+    found = checkpoint.load(part, engines=engines, zero_stage=stage)
     assert found == state
     resumed.controller.load_state_dict(found.kl_controller or {})
     report = resumed.update(scored_batch(seed=2, iteration=2))
