@@ -3,12 +3,9 @@
 import logging
 import os
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -17,11 +14,11 @@ from rich.console import Console
 
 from cluster.console import CONSOLE
 from cluster.label_cli import label_app
+from cluster.stopping import EXIT_RESUMABLE, STOPPING, Stopped
 from configs.load import PRESETS, ConfigError, load
 from configs.run import RunConfig
 
-EXIT_FAILED, EXIT_USER, EXIT_RESUMABLE = 1, 2, 75
-_GRACE_S = 30.0
+EXIT_FAILED, EXIT_USER = 1, 2
 
 app = typer.Typer(
     name="rondo",
@@ -56,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for room in ("actors", "cluster", "configs", "learner", "protocol", "reward_service"):
         logging.getLogger(room).setLevel(logging.INFO)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    STOPPING.listen()
     sys.exit(_guarded(lambda: app(argv, standalone_mode=False), traceback=traceback))
 
 
@@ -94,20 +90,6 @@ def _error(message: str, error: BaseException, traceback: bool) -> None:
         stderr.print("".join(module.format_exception(error)), markup=False, highlight=False)
     elif not isinstance(error, ConfigError):
         stderr.print("(--traceback shows where it came from)", style="dim")
-
-
-class Stopped(BaseException):
-    """Somebody asked the run to stop. Not a KeyboardInterrupt, which Typer turns into an exit code of its own."""
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    """Unwind, so that workers are stopped and files closed; a second signal ends the process at once."""
-    signal.signal(signum, signal.SIG_DFL)
-    # Whoever stopped the run may have stopped its Ray too, and then no goodbye is answered.
-    grace = threading.Timer(_GRACE_S, os._exit, args=(EXIT_RESUMABLE,))
-    grace.daemon = True
-    grace.start()
-    raise Stopped
 
 
 def _overrides(context: typer.Context) -> list[str]:

@@ -54,6 +54,11 @@ class Crew:
         return self._learner
 
     @property
+    def updates(self) -> int | None:
+        """Batches that the learner has been given; None while there is no learner."""
+        return None if self._learner is None else self._learner.updates
+
+    @property
     def rollouts(self) -> RolloutPool:
         """The rollout workers."""
         return self._started()[0]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.schedule import RunState
+from protocol.errors import StorageError
 from protocol.incidents import Incident, write
 
 
@@ -30,5 +31,10 @@ class IncidentLog:
         """Keep an incident."""
         state = self.state
         placed = replace(incident, round=state.round, iteration=state.iteration, policy_version=state.policy_version)
-        path = write(self._directory, placed)
-        self._say(f"incident: {placed.what}; {placed.action} ({path.parent.name}/{path.name})")
+        try:
+            path = write(self._directory, placed)
+            kept = f"{path.parent.name}/{path.name}"
+        except (OSError, StorageError) as error:
+            # The disk may be the very thing that is wrong; what happened is said all the same.
+            kept = f"no record of it could be written: {error}; cause: {placed.cause}"
+        self._say(f"incident: {placed.what}; {placed.action} ({kept})")

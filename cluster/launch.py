@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from rich.console import Console
 
 from cluster import placement, preflight, run_directory
@@ -29,6 +30,8 @@ from cluster.rounds import play
 from cluster.run_directory import RunDirectory, store_url
 from cluster.schedule import RunState
 from cluster.stages import Parts, RunStages
+from cluster.stopping import SIGNALS, STOPPING, Stopped
+from cluster.supervision import first_line
 from cluster.tracking import (
     LinesFile,
     Sinks,
@@ -42,7 +45,10 @@ from cluster.tracking import (
 from configs.run import RunConfig
 from protocol import tokens
 from protocol.errors import UserError, WorkersLostError
+from protocol.files import write_json, writing
 from reward_service.preferences.store import PreferenceStore
+
+_LOG = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, console: Console, *, verbose: bool = False, faults: Sequence[Fault] = ()) -> RunDirectory:
@@ -59,6 +65,7 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False, faults:
 
     Raises:
         UserError: If something about the configuration, the data or the cluster is wrong.
+        StorageError: If a disk is full, read-only or broken; the same command goes on when it is in order.
         RuntimeError: If the run failed; what it has committed can be resumed.
     """
     directory = run_directory.claim(config)
@@ -67,7 +74,8 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False, faults:
         if directory.finished.exists():
             console.print(f"{directory.root} is finished; nothing to do")
         else:
-            _run(config, directory, console, verbose=verbose, faults=faults)
+            with writing(directory.root):
+                _run(config, directory, console, verbose=verbose, faults=faults)
         show_result(directory, console)
         return directory
     except UserError:
@@ -92,6 +100,7 @@ def _run(
             store.claim(run_directory.run_id(directory))
             stages = make_stages(config, directory, store, console, progress)
             injector = Injector(faults, crew=stages.crew, state=lambda: stages.incidents.state, say=progress.say)
+            STOPPING.grace_s, STOPPING.waits = config.cluster.deadlines.grace_s, stages.in_hand
             try:
                 injector.start()
                 state = play(stages, config, stages.resume(), announce=progress.announce)
@@ -100,11 +109,22 @@ def _run(
             except WorkersLostError:
                 stages.save()
                 raise
+            except Stopped:
+                _save_what_stands(stages)
+                raise
             finally:
                 injector.stop()
                 stages.close()
     finally:
         ray.shutdown()
+
+
+def _save_what_stands(stages: RunStages) -> None:
+    """Commit the last iteration of a run that was asked to stop, if its Ray has not been stopped as well."""
+    try:
+        stages.save()
+    except RayError as error:
+        _LOG.warning("the last iteration could not be committed: %s", first_line(error))
 
 
 def make_stages(
@@ -169,7 +189,7 @@ def connect(config: RunConfig, *, verbose: bool) -> None:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     if address:
         ray.init(address=address, **quiet)
     else:
@@ -197,7 +217,7 @@ def _sinks(config: RunConfig, directory: RunDirectory, console: Console, *, done
 
 
 def _finish(directory: RunDirectory, state: RunState) -> None:
-    directory.finished.write_text(json.dumps(state.to_json()))
+    write_json(directory.finished, state.to_json())
 
 
 def show_result(directory: RunDirectory, console: Console) -> None:

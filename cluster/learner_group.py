@@ -41,7 +41,7 @@ class LearnerGroup:
         self.members = [Member(index=rank, name=name, handle=make(rank, name)) for rank, name in enumerate(names)]
         self._ranks = [member.handle for member in self.members]
         self.updates = 0
-        """Batches learned from."""
+        """Batches that the ranks have been given to learn from."""
 
     def started(self) -> dict[str, str]:
         """Connect the ranks to each other, wait until they are, and say on which node each rank is."""
@@ -78,16 +78,15 @@ class LearnerGroup:
             BatchRefusedError: If they refuse it and the run shall stop.
         """
         groups = [(list(group.rollouts), group.rewards, group.reference) for group in batch.groups]
+        self.updates += 1  # whatever becomes of it, the ranks are not where they were
         tokens = sum(meta.response_tokens for meta in batch.metas)
         place = {"round": round, "iteration": iteration}
         try:
-            report: UpdateReport = self._on(self._ranks, "learn", "update", groups, size=tokens, **place)[0]
+            return self._on(self._ranks, "learn", "update", groups, size=tokens, **place)[0]
         except BatchRefusedError as error:
             if self._rolls_back:
                 raise RollbackError(str(error), **place) from error
             raise
-        self.updates += 1
-        return report
 
     def publish(self, *, policy_version: int) -> Publication:
         """Make a new version: collect references to its buckets as rank 0 gathers them, or announce a broadcast."""

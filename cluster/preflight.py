@@ -9,14 +9,15 @@ from typing import Any
 from cluster.prompts import encode_prompts
 from configs.data import SourceConfig
 from configs.run import RunConfig
-from configs.scoring import FunctionRewardConfig
+from configs.scoring import FunctionRewardConfig, HTTPRewardConfig
 from protocol import datasets
 from protocol.tokens import load_tokenizer, tokenizer_from
 from reward_service.functions import import_function
+from reward_service.posting import Endpoint
 
 
 def check(config: RunConfig) -> None:
-    """Read all local data, encode all prompts, and import all functions that the configuration names.
+    """Read all local data, encode all prompts, import all functions and find all tokens that the configuration names.
 
     Hub data sets are opened and their first row is read; they are checked in full when they are used.
 
@@ -29,6 +30,9 @@ def check(config: RunConfig) -> None:
     for source in _sources(config):
         datasets.peek(source.source, split=source.split)
     _import_functions(config)
+    for reward in config.scoring.rewards:
+        if isinstance(reward, HTTPRewardConfig):
+            Endpoint(reward.url, where=f"reward {reward.name}", token_env=reward.token_env)
     tokenizer = _tokenizer(config)
     for prompts, count in (
         (config.data.prompts, config.data.prompts.count),

@@ -10,7 +10,7 @@ from pathlib import Path
 from cluster.resizing import new_run_command
 from configs.load import ConfigError, config_hash, dump, load
 from configs.run import RunConfig
-from protocol.errors import UserError
+from protocol.errors import StorageError, UserError
 from protocol.files import make_directory, write_text
 
 _LOCK = ".lock"
@@ -155,7 +155,7 @@ def claim(config: RunConfig) -> RunDirectory:
         make_directory(root)
         if not directory.config.exists():
             write_text(directory.config, f"# config {config_hash(config)}\n{dump(config)}")
-    except OSError as error:
+    except (OSError, StorageError) as error:
         raise UserError(
             f"cannot write the run directory: {error}",
             where=str(root),

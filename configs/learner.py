@@ -1,8 +1,8 @@
 """How the networks are trained: ranks, ZeRO, precision, optimisers, and the supervised stages."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.base import (
     Fraction,
@@ -15,6 +15,8 @@ from configs.base import (
 )
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+RewardModelLoss = Literal["pairwise", "k_choose_2", "plackett_luce"]
+MarginKind = Literal["none", "given", "small", "large"]
 
 
 class OptimizerConfig(Section):
@@ -42,8 +44,16 @@ class SFTConfig(Section):
 
 
 class RewardModelTrainingConfig(Section):
-    """Reward modelling on pairwise comparisons."""
+    """Reward modelling on comparisons: pairs and rankings."""
 
+    loss: RewardModelLoss = "k_choose_2"
+    """`k_choose_2`: mean over all pairs of a prompt, then over prompts. `pairwise`: mean over pairs, so that a ranking
+    of K counts K(K-1)/2 times. `plackett_luce`: each ranking as a whole; it sums K - 1 terms, so that the learning
+    rate wants tuning anew. A prompt's pairs stay together whatever the loss, and tied completions make none."""
+    margin: MarginKind = "given"
+    """By how much the better score should lead. `given`: by the number in the data (a label's strength, 1 to 3), 0
+    where there is none. `large` and `small`: strengths of 0 to 3 as 0, 1, 2, 3 and as 0, 1/3, 2/3, 1 (Llama 2, table
+    27); any other number in the data is an error. `none`: not at all."""
     batch_pairs: PositiveInt = 32
     num_epochs: PositiveInt = 1
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -51,6 +61,15 @@ class RewardModelTrainingConfig(Section):
     centering: NonNegativeFloat = 0.0
     """Coefficient of the squared sum of a pair's scores."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9e-6, schedule="cosine")
+
+    @model_validator(mode="after")
+    def _margins_are_between_two(self) -> Self:
+        if self.loss == "plackett_luce" and self.margin != "none":
+            raise ValueError(
+                f"margin = {self.margin} says by how much one response leads another, but loss = plackett_luce has no "
+                "pairs to apply it to: set margin to none, or loss to k_choose_2"
+            )
+        return self
 
 
 class BatchGuardsConfig(Section):

@@ -4,15 +4,17 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from configs import addresses
 from configs.algorithm import AlgorithmConfig, PPOConfig
 from configs.base import Location, NonNegativeInt, Section
 from configs.cluster import ClusterConfig
 from configs.data import DataConfig
+from configs.labels import JudgeConfig
 from configs.learner import LearnerConfig
 from configs.models import ModelsConfig
 from configs.rollout import RolloutConfig
 from configs.rounds import RoundsConfig
-from configs.scoring import HELDOUT, ModelRewardConfig, ScoringConfig
+from configs.scoring import HELDOUT, HTTPRewardConfig, ModelRewardConfig, ScoringConfig
 from configs.tracking import TrackingConfig
 
 
@@ -130,6 +132,20 @@ class RunConfig(Section):
                     f"{comparisons * fraction:.0f} (learner.reward_model.heldout_fraction = {fraction:g}), fewer than "
                     f"rounds.gate.min_prompts = {gate.min_prompts}: no new reward model could ever pass"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _endpoints_may_be_asked(self) -> Self:
+        judges = {f"rounds.labeler of round {n}": self.rounds.of(n).labeler for n in range(1, self.rounds.count + 1)}
+        judges["rounds.evaluation.labeler"] = self.rounds.evaluation.labeler
+        urls = {f"{where}: url": judge.url for where, judge in judges.items() if isinstance(judge, JudgeConfig)}
+        for place, reward in enumerate(self.scoring.rewards):
+            if isinstance(reward, HTTPRewardConfig):
+                urls[f"scoring.rewards.{place}.url"] = reward.url
+        for where, url in urls.items():
+            problem = None if url is None else addresses.trouble(url, allowed_hosts=self.cluster.allowed_hosts)
+            if problem is not None:
+                raise ValueError(f"{where}: {problem}")
         return self
 
     @model_validator(mode="after")

@@ -47,10 +47,23 @@ class HTTPRewardConfig(Section):
     kind: Literal["http"] = "http"
     name: str
     url: HTTPAddress
+    """No user, password or key in it: these go into the variable that `token_env` names."""
     weight: float = 1.0
     normalization: Literal["none", "reference"] = "none"
     timeout_s: Seconds = 30.0
+    """Of one try."""
     attempts: PositiveInt = 3
+    """Tries of a request that was not answered (lost connections, time-outs, 429, 502, 503, 504)."""
+    deadline_s: Seconds = 120.0
+    """Of all tries and pauses for a group of responses; less than `cluster.deadlines.score_s`."""
+    batch_responses: PositiveInt = 32
+    """Responses of one request; a larger group is asked for in several."""
+    concurrency: PositiveInt = 4
+    """Requests of one scoring worker that are under way at a time."""
+    breaker_failures: PositiveInt = 3
+    """After so many groups in a row that were left unanswered, the endpoint is not asked for a while ..."""
+    breaker_cooldown_s: Seconds = 60.0
+    """... of so many seconds, and then by one group as a probe."""
     token_env: str | None = None
     """Environment variable that holds a bearer token."""
 

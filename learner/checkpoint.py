@@ -35,14 +35,16 @@ def save(directory: Path, *, engines: Mapping[str, TrainingEngine], state: Learn
         directory: Shared by the ranks.
         engines: By name.
         state: The rest; rank 0 writes it.
+
+    Raises:
+        OSError: If the disk does not take it; the ranks are still in step.
     """
     for name, engine in engines.items():
-        part = directory / name
-        part.mkdir(parents=True, exist_ok=True)
-        engine.save(part)
-        if engine.context.rank == 0:
-            text = json.dumps(asdict(state), indent=2, allow_nan=False)
-            (directory / _STATE_FILE).write_text(text, encoding="utf-8")
+        engine.save(directory / name)
+    # After the last collective, so that nobody waits for a rank 0 that finds no room for it.
+    if all(engine.context.rank == 0 for engine in engines.values()):
+        text = json.dumps(asdict(state), indent=2, allow_nan=False)
+        (directory / _STATE_FILE).write_text(text, encoding="utf-8")
 
 
 def load(directory: Path, *, engines: Mapping[str, TrainingEngine], zero_stage: int) -> LearnerState:

@@ -275,6 +275,7 @@ class Rank:
         self.progress = dict(figures)
 
     def _stage_context(self) -> StageContext:
+        self.progress = {}  # the figures of the stage before are not this one's
         make_engine = partial(DeepSpeedEngine, settings=self._config.learner, context=self.context)
         return StageContext(
             rank=self.context.rank,

@@ -125,7 +125,10 @@ class TrainingEngine(GatherableNetwork, Protocol):
         ...
 
     def save(self, directory: Path) -> None:
-        """Write this rank's part of parameters, optimiser and step count into a directory that all ranks share."""
+        """Write this rank's part of parameters, optimiser and step count into a directory that all ranks share.
+
+        It is made if it is not there.
+        """
         ...
 
     def load(self, directory: Path) -> None:

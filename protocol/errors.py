@@ -106,3 +106,11 @@ class RollbackError(LearnerLostError):
 
 class Resumable(RuntimeError):
     """A run that has stopped in good order, for a reason that is nobody's mistake; the same command goes on."""
+
+
+class StorageError(RuntimeError):
+    """A disk that does not take what must be kept: it is full, over a quota, read-only or broken.
+
+    It is no mistake in what the user gave, but its message reads like a UserError's: it names the file and what to do.
+    The same command goes on when the disk is in order.
+    """

@@ -22,7 +22,7 @@ class RewardError(RuntimeError):
         what: What happened, in one sentence without a full stop.
         component: The reward's name in the configuration.
         key: The response it failed on, or the first of the batch where nobody knows which.
-        incident: The file that holds the batch, if it was saved.
+        incident: The file of the incident, which names the one that holds the batch.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class RewardError(RuntimeError):
         self.incident = incident
 
     def saved_at(self, incident: str) -> "RewardError":
-        """Return the same error with the file that holds its batch."""
+        """Return the same error with the file of its incident."""
         return RewardError(self.what, component=self.component, key=self.key, incident=incident)
 
     def __str__(self) -> str:
-        saved = "" if self.incident is None else f" The batch is saved in {self.incident}."
+        saved = "" if self.incident is None else f" Its batch is kept: rondo incident show {self.incident}"
         return f"reward {self.component} failed on {self.key}: {self.what}.{saved}"
 
 

@@ -19,10 +19,11 @@ from protocol.messages import FloatArray, ReferenceLogprobs, ReferenceSummary, R
 from protocol.records import Text
 from protocol.roles import RolloutRef, resolve
 from protocol.tokens import decode, encode_prompt, encode_response, load_tokenizer
-from reward_service.functions import TextBatch, batch_saved_on_failure, gold_functions, text_rewards
+from reward_service.functions import gold_functions, text_rewards
 from reward_service.reference_model import ReferenceModel
 from reward_service.reward_model import RewardModel
 from reward_service.scoring import IDENTITY, Calibration, require_scores, total_scores
+from reward_service.text_batch import TextBatch, batch_saved_on_failure
 
 
 class RewardWorker:
@@ -217,12 +218,14 @@ class RewardWorker:
         return raw
 
     def _text(self, rollouts: Sequence[Rollout]) -> TextBatch:
+        versions = {rollout.policy_versions.last for rollout in rollouts}
         return TextBatch(
             keys=tuple(rollout.key for rollout in rollouts),
             prompts=tuple(rollout.prompt.text for rollout in rollouts),
             responses=tuple(decode(self._tokenizer, rollout.response_ids.tolist()) for rollout in rollouts),
             finish_reasons=tuple(rollout.finish_reason for rollout in rollouts),
             metadata=tuple(rollout.prompt.metadata for rollout in rollouts),
+            policy_version=versions.pop() if len(versions) == 1 else None,
         )
 
     def _find_calibration(self, name: str) -> Calibration | None:

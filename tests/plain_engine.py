@@ -92,6 +92,7 @@ class PlainEngine:
     def save(self, directory: Path) -> None:
         state = {"module": self.module.state_dict(), "adamw": self._adamw.state_dict(), "num_steps": self.num_steps}
         state["skips"] = (self._skips, self._num_skips)
+        directory.mkdir(parents=True, exist_ok=True)
         torch.save(state, directory / "plain.pt")
 
     def load(self, directory: Path) -> None:

@@ -86,6 +86,6 @@ def test_a_failing_reward_names_the_prompt_and_keeps_the_batch(tmp_path: Path, k
     assert "reward broken" in message
     assert re.search(r"safe-\d+#0", message), "the prompt is not named"
     # The groups were scored side by side, so several may have failed; the message names one of the saved batches.
-    saved = [path for path in (tmp_path / "runs" / "tiny" / "incidents").iterdir() if path.name in message]
-    assert len(saved) == 1
-    assert "prompts" in saved[0].read_text()
+    [record] = [path for path in (tmp_path / "runs" / "tiny" / "incidents").glob("*.json") if path.name in message]
+    assert json.loads(record.read_text())["kind"] == "reward_failed"
+    assert "prompt" in record.with_suffix(".jsonl").read_text()

@@ -16,7 +16,8 @@ import pytest
 from configs.labels import JudgeConfig
 from configs.load import ConfigError, load
 from protocol.errors import UserError
-from reward_service.preferences.completion import MAX_ANSWER_BYTES, CompletionFailure, EndpointCompleter
+from reward_service.posting import MAX_ANSWER_BYTES
+from reward_service.preferences.completion import CompletionFailure, EndpointCompleter
 from reward_service.preferences.judge import Judge
 from reward_service.preferences.labelers import make_labeler
 from reward_service.preferences.labeling_protocol import InvalidLabelsError, label_chunks

@@ -17,9 +17,10 @@ from configs.learner import LearnerConfig, OptimizerConfig
 from configs.run import RunConfig
 from learner import worker
 from learner.batch import TokenSequence
+from learner.comparison_task import ComparisonTask
 from learner.comparisons import BASE, ComparisonSource, RewardModelJob, read_comparisons, split
 from learner.models import load_policy, scalar_from_policy
-from learner.reward_modelling import ComparisonTask, train_reward_model
+from learner.reward_modelling import train_reward_model
 from learner.supervised import DemonstrationTask, train_sft
 from learner.supervised_loop import StageContext, encode_pair
 from protocol.tokens import load_tokenizer

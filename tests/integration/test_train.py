@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -128,8 +129,11 @@ def test_two_runs_end_in_the_same_parameters_bit_for_bit(trained: tuple[Path, st
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(trained: tuple[Path, str], tmp_path: Path) -> None:
-    """Two of four iterations, then the rest: the same metrics as in one go, apart from times."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_was_stopped_goes_on_where_it_stood(
+    trained: tuple[Path, str], tmp_path: Path, number: signal.Signals
+) -> None:
+    """Stopped between two checkpoints, it commits one, and the rest gives the same metrics as in one go."""
     overrides = tiny_overrides(tmp_path, "rounds.iterations=4")
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.cli", "train", "quickstart", *overrides],
@@ -138,10 +142,12 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(trained: tuple[Path,
     assert process.stdout is not None
     for line in process.stdout:
         if "iteration 3/4" in line:
-            process.terminate()
+            process.send_signal(number)
             break
     rest = process.stdout.read()
     assert process.wait(timeout=120) == 75, rest
+    checkpoints = sorted(path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir())
+    assert checkpoints[-1] in ("r001-i000003", "r001-i000004")  # whichever iteration was in hand
     done = rondo("resume", str(tmp_path / "tiny"))
     assert done.returncode == 0, done.stderr
     timed = ("time/", "busy/", "sync/seconds", "rollout/tokens_per_s")
