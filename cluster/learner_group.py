@@ -14,7 +14,7 @@ from cluster.pool import Member
 from cluster.stacks import stacks_of
 from cluster.supervision import DeadlineError, Handle, Watch, first_line, wait
 from configs.run import RunConfig
-from protocol.errors import LearnerLostError, UserError
+from protocol.errors import BatchRefusedError, LearnerLostError, RollbackError, UserError
 from protocol.messages import RolloutKey, SampleText, UpdateReport
 from protocol.roles import Payload, Publication, ScoredReferences
 from protocol.weights import Rendezvous, WeightManifest
@@ -35,6 +35,7 @@ class LearnerGroup:
         self._deadlines = config.cluster.deadlines
         self._measured = Deadlines(self._deadlines)
         self._transfer = config.rollout.weight_transfer
+        self._rolls_back = config.learner.on_nonfinite == "rollback"
         self._watch = Watch(silence_s=self._deadlines.silence_s)
         names = [f"learner-{rank}" for rank in range(config.learner.workers)]
         self.members = [Member(index=rank, name=name, handle=make(rank, name)) for rank, name in enumerate(names)]
@@ -70,12 +71,22 @@ class LearnerGroup:
         self._on(self._ranks, "start", "finish_rl")
 
     def update(self, batch: ScoredReferences, *, round: int, iteration: int) -> UpdateReport:
-        """Learn from a batch."""
+        """Learn from a batch.
+
+        Raises:
+            RollbackError: If the ranks refuse the batch and shall go back to the last checkpoint.
+            BatchRefusedError: If they refuse it and the run shall stop.
+        """
         groups = [(list(group.rollouts), group.rewards, group.reference) for group in batch.groups]
         self.updates += 1  # whatever becomes of it, the ranks are not where they were
         tokens = sum(meta.response_tokens for meta in batch.metas)
         place = {"round": round, "iteration": iteration}
-        return self._on(self._ranks, "learn", "update", groups, size=tokens, **place)[0]
+        try:
+            return self._on(self._ranks, "learn", "update", groups, size=tokens, **place)[0]
+        except BatchRefusedError as error:
+            if self._rolls_back:
+                raise RollbackError(str(error), **place) from error
+            raise
 
     def publish(self, *, policy_version: int) -> Publication:
         """Make a new version: collect references to its buckets as rank 0 gathers them, or announce a broadcast."""

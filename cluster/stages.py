@@ -24,6 +24,7 @@ from cluster.lineage import Artefact
 from cluster.prompts import PromptSource, PromptStream
 from cluster.ranking import Ranking
 from cluster.refresh import Refresh
+from cluster.restarts import Restarts
 from cluster.run_directory import RunDirectory
 from cluster.schedule import Phase, RunState
 from cluster.scores import Scores
@@ -34,7 +35,6 @@ from configs.run import RunConfig
 from protocol import metrics as names
 from protocol.errors import LearnerLostError, UserError
 from protocol.files import write_json
-from protocol.incidents import Incident
 from protocol.messages import IterationReport, RoundReport
 
 _LOG = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class RunStages:
         self._open_sinks = open_sinks
         self._progress = progress
         self.incidents = incidents
-        self._restarts_left = config.cluster.learner_restarts
+        self._restarts = Restarts(config.cluster.learner_restarts, report=incidents)
         self._standstill: _Standstill | None = None
         self._committer = Committer(directory.checkpoints, settings=config.cluster, report=incidents)
         self._sinks: Sinks | None = None
@@ -139,22 +139,12 @@ class RunStages:
         return state
 
     def recover(self, error: LearnerLostError) -> RunState:
-        """Give the learner's ranks up, and go on where a new process would: at what is durable."""
-        spent = self._restarts_left <= 0
-        action = "all ranks start again, from the last checkpoint"
-        self.incidents(
-            Incident(
-                kind="learner_lost",
-                what=str(error),
-                where="learner",
-                cause=str(error.__cause__ or ""),
-                action="the run stops: cluster.learner_restarts is used up" if spent else action,
-                data={"stacks": error.stacks},
-            )
-        )
-        if spent:
-            raise error
-        self._restarts_left -= 1
+        """Give the learner's ranks up, and go on where a new process would: at what is durable.
+
+        Raises:
+            LearnerLostError: If they may not start again.
+        """
+        self._restarts.spend(error)
         self._standstill = None
         self.crew.stop_learner()
         self._close_sinks()

@@ -4,7 +4,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from configs.base import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Section,
+)
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 RewardModelLoss = Literal["pairwise", "k_choose_2", "plackett_luce"]
@@ -64,6 +72,20 @@ class RewardModelTrainingConfig(Section):
         return self
 
 
+class BatchGuardsConfig(Section):
+    """When a batch is refused before anything is learned from it: the rollout workers' log-probs against the learner's.
+
+    They are not compared where sampling truncates the distribution (rollout.truncated_sampling).
+    """
+
+    logprob_gap_mean_nats: PositiveFloat | None = 0.1
+    """Largest mean gap of a token's log-prob; bfloat16 makes about 0.01."""
+    ratio_p999: Annotated[float, Field(gt=1)] | None = 10.0
+    """Largest 99.9th percentile of the importance weights, learner over rollout worker."""
+    ess_fraction: PositiveFraction | None = 0.5
+    """Smallest effective sample size, as a share of the tokens."""
+
+
 class LearnerConfig(Section):
     """The learner: a group of ranks under DeepSpeed ZeRO."""
 
@@ -85,8 +107,17 @@ class LearnerConfig(Section):
     critic_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9e-6)
     sft: SFTConfig = SFTConfig()
     reward_model: RewardModelTrainingConfig = RewardModelTrainingConfig()
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do with a step whose loss or gradient is not finite; the batch is saved either way."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What to do about numbers that are not finite; the batch is saved in any case. `stop`: end the run. `skip`: leave
+    the step out whose loss or gradient it is; anything else stops. `rollback`: all ranks go back to the last
+    checkpoint, as after a rank's loss and bounded by cluster.learner_restarts, also where a batch is refused by
+    `guards`. That helps against a fault that passes, of a machine or of one rollout worker. Where nothing has changed
+    the same iteration meets the same batch again, so a second rollback of one iteration stops the run with the
+    cause."""
     max_consecutive_skips: NonNegativeInt = 3
+    """More skipped steps in a row stop the run."""
+    max_skips_per_round: NonNegativeInt = 20
+    """More skipped steps of one network in a round stop the run."""
+    guards: BatchGuardsConfig = BatchGuardsConfig()
     bucket_mib: PositiveFloat = 256.0
     """Size of one bucket of published weights; bounds the extra memory of a publish."""

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from configs.learner import LearnerConfig, OptimizerConfig
 from learner.training import (
-    NonFiniteError,
     RankContext,
     StepResult,
     learning_rate,
     parameter_groups,
+    refusal,
     squared_norm,
 )
+from protocol.errors import NonFiniteError
 from protocol.files import storage_failure
 
 # DeepSpeed would compile its shared-memory collectives with g++ at the first start. They serve inference only.
@@ -62,6 +63,7 @@ class DeepSpeedEngine:
         self._settings = settings
         self._total_steps = total_steps
         self._skips_in_a_row = 0
+        self._num_skips = 0
         self._loss_sum = torch.zeros((), device=context.device)
         self._stage = settings.zero_stage
         if settings.precision == "bf16" and self._stage == 0:
@@ -125,6 +127,12 @@ class DeepSpeedEngine:
         self._skips_in_a_row = 0
         return StepResult(grad_norm=norm, learning_rate=rate, applied=True)
 
+    def require_finite_parameters(self) -> None:
+        """Check all parameters, each rank its part of them."""
+        own = [p.ds_tensor if self._stage == 3 else p.detach() for p in self._parameters.values()]
+        if not self.all_reduce_sum(squared_norm(own, device=self.context.device)).isfinite():
+            raise NonFiniteError(f"parameter of the {self._name}", f"the end of step {self.num_steps - 1}")
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks; the argument may be overwritten."""
         if self.context.world_size > 1:
@@ -155,9 +163,12 @@ class DeepSpeedEngine:
         Raises:
             OSError: On every rank, if the disk did not take the part of any.
         """
-        self._engine.save_checkpoint(
-            str(directory), tag=_CHECKPOINT_TAG, client_state={"num_steps": self.num_steps}, save_latest=False
-        )
+        counters = {
+            "num_steps": self.num_steps,
+            "num_skips": self._num_skips,
+            "skips_in_a_row": self._skips_in_a_row,
+        }
+        self._engine.save_checkpoint(str(directory), tag=_CHECKPOINT_TAG, client_state=counters, save_latest=False)
         codes = torch.zeros(self.context.world_size, device=self.context.device)
         codes[self.context.rank] = self._files.take_errno()
         for rank, code in enumerate(map(int, self.all_reduce_sum(codes).tolist())):
@@ -172,6 +183,8 @@ class DeepSpeedEngine:
         if path is None:
             raise ValueError(f"DeepSpeed cannot read the checkpoint of the {self._name} in {directory}")
         self.num_steps = state["num_steps"]
+        # A checkpoint may be older than these counters.
+        self._num_skips, self._skips_in_a_row = state.get("num_skips", 0), state.get("skips_in_a_row", 0)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -195,11 +208,11 @@ class DeepSpeedEngine:
         return bool(finite_loss and finite), "gradient" if finite_loss else "loss", norm
 
     def _refuse(self, what: str, *, norm: float, rate: float) -> StepResult:
-        where = f"step {self.num_steps}"
         self._skips_in_a_row += 1
-        settings = self._settings
-        if settings.on_nonfinite == "stop" or self._skips_in_a_row > settings.max_consecutive_skips:
-            raise NonFiniteError(f"{what} of the {self._name}", where)
+        self._num_skips += 1
+        reason = refusal(self._settings, in_a_row=self._skips_in_a_row, in_all=self._num_skips)
+        if reason is not None:
+            raise NonFiniteError(f"{what} of the {self._name}", f"step {self.num_steps}{reason}")
         self._discard_gradient()
         return StepResult(grad_norm=norm, learning_rate=rate, applied=False)
 

@@ -109,7 +109,7 @@ class LearnerRank:
 
         Raises:
             ray.exceptions.GetTimeoutError: If a reference does not come within `cluster.deadlines.score_s`.
-            NonFiniteError: If a number is not finite.
+            BatchRefusedError: If the batch must not be learned from.
         """
         timeout_s = self._config.cluster.deadlines.score_s
         with self._does("update") as rank:
