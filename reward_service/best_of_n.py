@@ -90,7 +90,7 @@ def _weights(num: int, n: int) -> Floats:
     """
     ranks = np.arange(num, 1, -1, dtype=np.float64)
     ratios = np.maximum(ranks - n, 0.0) / (ranks - 1.0)
-    downwards: Floats = (n / num) * np.cumprod(np.append(1.0, ratios))
+    downwards = (n / num) * np.cumprod(np.append(1.0, ratios)).astype(np.float64)
     return downwards[::-1]
 
 
