@@ -73,6 +73,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _length_rule_spares_some(self) -> Self:
+        length, longest = self.scoring.length, self.rollout.max_response_tokens
+        if length is not None and length.buffer_tokens >= longest:
+            raise ValueError(
+                f"scoring.length.buffer_tokens = {length.buffer_tokens} leaves no response free of charge: it must be "
+                f"less than rollout.max_response_tokens = {longest}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _context_is_long_enough(self) -> Self:
         scratch = self.models.policy.scratch
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens

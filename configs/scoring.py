@@ -1,8 +1,8 @@
 """How responses are scored: reward models, reward functions, truncation, and the gold score for evaluation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.base import (
     DottedPath,
@@ -72,12 +72,60 @@ class HTTPRewardConfig(Section):
 RewardConfig = Annotated[ModelRewardConfig | FunctionRewardConfig | HTTPRewardConfig, Field(discriminator="kind")]
 
 
+class LinearCombination(Section):
+    """The sum of the scores by weight."""
+
+    rule: Literal["linear"] = "linear"
+
+
+class MinimumCombination(Section):
+    """The worst score."""
+
+    rule: Literal["minimum"] = "minimum"
+
+
+class MeanMinusStdCombination(Section):
+    """The mean of an ensemble minus some standard deviations over its members."""
+
+    rule: Literal["mean_minus_std"] = "mean_minus_std"
+    num_stds: NonNegativeFloat = 1.0
+
+
+class SafetyFirstCombination(Section):
+    """The safety score where safety is at stake, and the helpfulness score elsewhere (Llama 2)."""
+
+    rule: Literal["safety_first"] = "safety_first"
+    helpfulness: str
+    """The name of one reward."""
+    safety: str
+    """The name of the other."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Safety is at stake where the sigmoid of the calibrated safety score is below this."""
+    tag: str = "is_safety"
+    """Safety is also at stake where the prompt's column of this name is true; a prompt without it is not tagged."""
+
+
+CombineConfig = Annotated[
+    LinearCombination | MinimumCombination | MeanMinusStdCombination | SafetyFirstCombination,
+    Field(discriminator="rule"),
+]
+
+
 class TruncationConfig(Section):
     """What a response that hit the length limit costs."""
 
     rule: Literal["subtract", "replace", "none"] = "subtract"
     penalty: NonNegativeFloat = 1.0
     """`subtract`: score - penalty. `replace`: score becomes -penalty. In standard deviations of the score."""
+
+
+class LengthConfig(Section):
+    """What a response costs that comes close to the length limit: nothing at first, then more with every token."""
+
+    buffer_tokens: PositiveInt
+    """So many tokens before `rollout.max_response_tokens` it begins to cost."""
+    penalty: PositiveFloat = 1.0
+    """What is subtracted at the limit, in standard deviations of the score."""
 
 
 class GoldConfig(Section):
@@ -104,8 +152,43 @@ class ScoringConfig(Section):
     rewards: list[RewardConfig] = [ModelRewardConfig()]
     calibration_responses: PositiveInt = 256
     """Samples of the reference policy that fix the zero and the unit of a new reward model."""
+    combine: CombineConfig = LinearCombination()
+    """How several rewards become one score. All are kept beside it."""
+    length: LengthConfig | None = None
     truncation: TruncationConfig = TruncationConfig()
     clip: PositiveFloat | None = None
     """Clip the combined score to +- so many standard deviations."""
     scale: PositiveFloat = 1.0
     gold: GoldConfig | None = None
+
+    @model_validator(mode="after")
+    def _rewards_can_be_combined(self) -> Self:
+        rule, names = self.combine.rule, [reward.name for reward in self.rewards]
+        if rule == "linear":
+            return self
+        if len(names) < 2:
+            raise ValueError(f"combine.rule = {rule} needs two rewards or more, and there is {len(names)}")
+        for reward in self.rewards:
+            if reward.weight != 1:
+                raise ValueError(
+                    f"combine.rule = {rule} compares scores and weighs none: set the weight of {reward.name} to 1, or "
+                    "the rule to linear"
+                )
+            if not isinstance(reward, ModelRewardConfig) and reward.normalization == "none":
+                raise ValueError(
+                    f"combine.rule = {rule} compares scores, so they need one unit: set normalization of {reward.name} "
+                    "to reference"
+                )
+        if sum(isinstance(reward, ModelRewardConfig) and reward.path == "trained" for reward in self.rewards) > 1:
+            raise ValueError(
+                f"combine.rule = {rule} compares different rewards, but two of them are the run's one trained reward "
+                "model"
+            )
+        if self.combine.rule == "safety_first":
+            given = sorted([self.combine.helpfulness, self.combine.safety])
+            if given != sorted(names):
+                raise ValueError(
+                    f"combine.rule = safety_first chooses between two rewards, {' and '.join(given)}, but "
+                    f"scoring.rewards names {', '.join(names)}"
+                )
+        return self

@@ -123,7 +123,12 @@ class RewardWorker:
             raw = self._raw(rollouts, batch)
             components = {name: calibrations[name].apply(scores) for name, scores in raw.items()}
             rewards = {name: scores for name, scores in components.items() if name != HELDOUT}
-            total, _ = total_scores(rewards, finish_reasons=batch.finish_reasons, config=self._config.scoring)
+            total, _ = total_scores(
+                rewards,
+                rollouts=rollouts,
+                config=self._config.scoring,
+                max_response_tokens=self._config.rollout.max_response_tokens,
+            )
             gold = {reward.name: reward.raw_scores(batch) for reward in self._gold}
             busy_s = self._count(len(rollouts), since=started)
             scored = RewardScores(keys=batch.keys, scores=total, components=components, gold={}, busy_s=busy_s)
