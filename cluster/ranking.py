@@ -221,11 +221,14 @@ class Ranking:
             return []
         constants = json.loads(self._directory.calibrations(state.round).read_text())[rewards[0].name]
         version = state.policy_version
-        means = {
-            _name(number): self._evaluated(number).components[rewards[0].name] / constants["gain"]
+        scores = {
+            _name(number): {
+                prompt: score / constants["gain"]
+                for prompt, score in self._evaluated(number).components[rewards[0].name].items()
+            }
             for number in (version, *opponents)
         }
-        drifts = [ladder.drift(found, means, version=_name(version), over=_name(other)) for other in opponents]
+        drifts = [ladder.drift(found, scores, version=_name(version), over=_name(other)) for other in opponents]
         for drift in drifts:
             if drift.alarm:
                 _LOG.warning(

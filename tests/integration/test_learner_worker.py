@@ -209,7 +209,9 @@ def references(found: list[tuple[list[Any], Any, Any]]) -> ScoredReferences:
         )
         for rollouts, rewards, reference in found
     )
-    return ScoredReferences(groups=groups, summary=ScoringSummary(means={}, scores={}, gold={}, kl_nats={}, busy_s={}))
+    return ScoredReferences(
+        groups=groups, summary=ScoringSummary(means={}, scores={}, components={}, gold={}, kl_nats={}, busy_s={})
+    )
 
 
 def status_of(worker: Any) -> dict[str, Any]:
