@@ -125,6 +125,11 @@ class RunConfig(Section):
         if self.trains_reward_model:
             return self._gate_can_tell()
         for number in range(1, self.rounds.count + 1):
+            if self.rounds.of(number).guards.heldout_gap is not None:
+                raise ValueError(
+                    f"round {number}: guards.heldout_gap compares the reward model with one that is trained on other "
+                    "comparisons, but scoring.rewards names none with path trained"
+                )
             if self.rounds.of(number).collect.comparisons:
                 raise ValueError(
                     f"round {number} collects comparisons (rounds.collect), but no reward model is trained on them: "

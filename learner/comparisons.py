@@ -143,8 +143,9 @@ def split(
 ) -> tuple[list[int], list[int]]:
     """Choose the prompts to train on and those held out for validation.
 
-    A prompt's side depends on the prompt and the seed alone. So a prompt that is held out in one round is held out in
-    all, no reward model of the run has trained on what another is validated on, and the two halves never meet.
+    A prompt's side depends on the prompt and the seed alone (but where there are so few that none would be held out:
+    then the one that comes nearest is). So a prompt that is held out in one round is held out in all, no reward model
+    of the run has trained on what another is validated on, and the two halves never meet.
 
     Args:
         elements: The comparisons of each prompt.

@@ -153,6 +153,16 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("rounds.init_policy=v020",), "round 1 names policy v020"),
     (("rounds.init_policy=v" + "9" * 5000,), "rounds.init_policy"),
     (("rounds.guards.heldout_gap=0.5", "rounds.heldout_share=0"), "needs a held-out reward model"),
+    (
+        (
+            "rounds.guards.heldout_gap=0.5",
+            "rounds.collect.comparisons=0",
+            "rounds.overrides={}",
+            "scoring.rewards=[{kind: function, name: f, path: 'examples.quickstart.gold:score'}]",
+            "models.critic.init=policy",
+        ),
+        "guards.heldout_gap compares",
+    ),
     (("rounds.heldout_share=0.6",), "heldout_share"),
     (("rounds.refresh=false",), "no reward model learns"),
     (("rounds.labeler=null",), "who labels"),
