@@ -29,6 +29,9 @@ def parts_of(num_bytes: int) -> Callable[[Path], None]:
     return write_parts
 
 
+SMALL = parts_of(100)
+
+
 class Run:
     """A committer, what it has reported, and an event that its commits wait for before they delete anything."""
 
@@ -42,7 +45,7 @@ class Run:
         self.go_on.set()
         self._root = root
 
-    def begin(self, iteration: int, write_parts: Callable[[Path], None] = parts_of(100), **other: Any) -> None:
+    def begin(self, iteration: int, write_parts: Callable[[Path], None] = SMALL, **other: Any) -> None:
         def choose(found: Any) -> set[str]:
             assert self.go_on.wait(30)
             return {each.name for each in found[-2:]}
@@ -50,7 +53,7 @@ class Run:
         common: dict[str, Any] = {"driver": {"iteration": iteration}, "config_hash": "abc", "choose": choose}
         self.committer.begin(f"r001-i{iteration:06d}", write_parts=write_parts, **(common | other))
 
-    def commit(self, iteration: int, write_parts: Callable[[Path], None] = parts_of(100)) -> None:
+    def commit(self, iteration: int, write_parts: Callable[[Path], None] = SMALL) -> None:
         self.begin(iteration, write_parts)
         self.committer.settle()
 

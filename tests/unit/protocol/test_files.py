@@ -122,14 +122,18 @@ def test_records_on_a_disk_that_fills_up_stay_whole(disk: Path) -> None:
     file.append(record)
     ballast = fill(disk, leave=4096)
     with pytest.raises(StorageError, match="No space left on device"):
-        for _ in range(20):
-            file.append(record)
+        append(file, record, times=20)
     content = path.read_bytes()
     assert content == record * (len(content) // 1000)
     assert len(content) >= 4000
     ballast.unlink()
     file.append(record)
     assert path.read_bytes() == content + record
+
+
+def append(file: RecordFile, record: bytes, *, times: int) -> None:
+    for _ in range(times):
+        file.append(record)
 
 
 def test_lines_are_cut_off_in_place_also_where_nothing_more_fits(disk: Path) -> None:
@@ -155,7 +159,10 @@ def test_lines_are_cut_off_in_place_also_where_nothing_more_fits(disk: Path) -> 
 )
 def test_whichever_library_meets_the_full_disk_the_file_is_named(disk: Path, write: Callable[[Path], object]) -> None:
     path = disk / "artefact"
-    with pytest.raises(StorageError, match=f"{path}: it cannot be written.*No space left on device"), staged(path) as at:
+    with (
+        pytest.raises(StorageError, match=f"{path}: it cannot be written.*No space left on device"),
+        staged(path) as at,
+    ):
         write(at)
     assert list(disk.iterdir()) == []
 
