@@ -91,7 +91,7 @@ def test_a_run_outlives_checkpoints_that_find_no_room(undisturbed: Path, disk: P
     assert {first["kind"], second["kind"]} == {"checkpoint_failed"}
     assert "r001-i000002" in first["what"]
     assert "No space left on device (learner rank 0)" in first["cause"]
-    assert "the run goes on without it" in first["action"]
+    assert "the run goes on: failure 1 in a row" in first["action"]
     assert "r001-i000005" in second["what"]
     assert "1.2 x the last checkpoint" in second["cause"]
     assert "df -h" in second["data"]["next"]

@@ -1,4 +1,4 @@
-"""What SQLite's errors mean: locked, damaged, or on a disk that takes no more; each said with the file and what to do."""
+"""What SQLite's errors mean: locked, damaged, or on a disk that takes no more; each with the file and what to do."""
 
 import sqlite3
 import subprocess
