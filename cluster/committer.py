@@ -13,7 +13,6 @@ import errno
 import shutil
 import threading
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +31,34 @@ _ROOM = 1.2
 _GIB = 2**30
 
 
-@dataclass(slots=True)
-class _Commit:
-    """A commit under way, and what has become of it; its thread writes, and nobody reads before that is over."""
+class _Commit(threading.Thread):
+    """All of a commit that the learner need not stand still for. What has become of it is read when it is over."""
 
-    staged: Staged
-    choose: Choose
-    thread: threading.Thread | None = None
-    found: Checkpoint | None = None
-    error: Exception | None = None
+    def __init__(self, staged: Staged, *, choose: Choose) -> None:
+        # A daemon: a disk that hangs must not keep the process alive. What is left half done is no checkpoint.
+        super().__init__(name=f"commit {staged.name}", daemon=True)
+        self.staged = staged
+        self.found: Checkpoint | None = None
+        self.error: Exception | None = None
+        self._choose = choose
 
-    def complete(self) -> None:
-        """Do all that the learner need not stand still for."""
+    def run(self) -> None:
         try:
             self.found = checkpoint.finish(self.staged)
             self._retain(self.found)
         except Exception as error:  # noqa: BLE001 - it is raised where the commit is waited for
             self.error = error
 
+    @property
+    def told(self) -> str:
+        """What there is to say if something went wrong."""
+        if self.found is None:
+            return _lacking(self.staged.name)
+        return f"checkpoint {self.found.name} was committed, but what it replaces cannot be removed"
+
     def _retain(self, found: Checkpoint) -> None:
         try:
-            checkpoint.retain(found.directory.parent, found, choose=self.choose)
+            checkpoint.retain(found.directory.parent, found, choose=self._choose)
         except CheckpointError as error:
             self.found = None
             # It must take no sound one's place.
@@ -107,13 +113,10 @@ class Committer:
             self._require_room()
             staged = checkpoint.stage(self._root, name, driver=driver, config_hash=config_hash, write_parts=write_parts)
         except Exception as error:  # noqa: BLE001 - what is no failure of the disk is raised again
-            self._failed(name, error)
+            self._failed(_lacking(name), error)
             return
-        commit = _Commit(staged, choose)
-        # A daemon: a disk that hangs must not keep the process alive. What it leaves half done is no checkpoint.
-        commit.thread = threading.Thread(target=commit.complete, name=f"commit {name}", daemon=True)
-        self._current = commit
-        commit.thread.start()
+        self._current = _Commit(staged, choose=choose)
+        self._current.start()
 
     def attend(self) -> None:
         """Take note of a commit that has come to its end, if there is one; wait for nothing.
@@ -121,7 +124,7 @@ class Committer:
         Raises:
             Exception: As `settle` does, but for the deadline.
         """
-        if self._current is not None and not _is_running(self._current):
+        if self._current is not None and not self._current.is_alive():
             self._conclude(self._current)
 
     def settle(self) -> None:
@@ -133,10 +136,10 @@ class Committer:
             Exception: Whatever else failed.
         """
         commit = self._current
-        if commit is None or commit.thread is None:
+        if commit is None:
             return
-        commit.thread.join(self._deadline_s)
-        if _is_running(commit):
+        commit.join(self._deadline_s)
+        if commit.is_alive():
             self._current = None
             raise DeadlineError(
                 f"the commit of {commit.staged.name} in {self._root}: hashing, syncing and renaming did not end within "
@@ -151,13 +154,13 @@ class Committer:
             wait_s: The bound. What is not done by then is done by no one, and the checkpoint before it stands.
         """
         commit, self._current = self._current, None
-        if commit is None or commit.thread is None:
+        if commit is None:
             return
-        commit.thread.join(min(wait_s, self._deadline_s))
-        if _is_running(commit):
-            self._tell(commit.staged.name, f"not over after {wait_s:g} s", action="the run ends without it")
+        commit.join(min(wait_s, self._deadline_s))
+        if commit.is_alive():
+            self._tell(commit.told, f"not over after {wait_s:g} s", action="the run ends meanwhile")
         elif commit.error is not None:
-            self._tell(commit.staged.name, str(commit.error), action="the run ends without it")
+            self._tell(commit.told, str(commit.error), action="the run ends")
 
     def _conclude(self, commit: _Commit) -> None:
         self._current = None
@@ -166,7 +169,7 @@ class Committer:
         if commit.error is None:
             self._failures = 0
         else:
-            self._failed(commit.staged.name, commit.error)
+            self._failed(commit.told, commit.error)
 
     def _require_room(self) -> None:
         if self.latest is None:
@@ -177,7 +180,7 @@ class Committer:
             text = f"{free / _GIB:.3g} GiB are free, and {_ROOM} x the last checkpoint are {needed / _GIB:.3g} GiB"
             raise OSError(errno.ENOSPC, text, str(self._root))
 
-    def _failed(self, name: str, error: Exception) -> None:
+    def _failed(self, what: str, error: Exception) -> None:
         """Go on after a failure of the disk, as long as that is allowed."""
         failure = storage_failure(error)
         if failure is None:
@@ -186,25 +189,21 @@ class Committer:
         count = f"failure {self._failures} in a row, cluster.checkpoint_failures_allowed = {self._allowed}"
         standing = "there is no checkpoint yet" if self.latest is None else f"{self.latest.directory} stands"
         stops = self._failures > self._allowed
-        self._tell(
-            name,
-            str(failure),
-            action=f"{'the run stops' if stops else 'the run goes on without it'}: {count}; {standing}",
-        )
+        self._tell(what, str(failure), action=f"{'the run stops' if stops else 'the run goes on'}: {count}; {standing}")
         if stops:
             told = UserError(
-                f"no checkpoint could be written, {self._failures} times in a row; {standing}",
+                f"checkpoints failed {self._failures} times in a row; {standing}",
                 where=str(self._root),
                 cause=str(failure),
                 next_step=f"{space_command(self._root)}; then the same command goes on from there",
             )
             raise StorageError(str(told)) from error
 
-    def _tell(self, name: str, cause: str, *, action: str) -> None:
+    def _tell(self, what: str, cause: str, *, action: str) -> None:
         self._report(
             Incident(
                 kind="checkpoint_failed",
-                what=f"checkpoint {name} was not committed: {cause}",
+                what=f"{what}: {cause}",
                 where=str(self._root),
                 cause=cause,
                 action=action,
@@ -213,5 +212,5 @@ class Committer:
         )
 
 
-def _is_running(commit: _Commit) -> bool:
-    return commit.thread is not None and commit.thread.is_alive()
+def _lacking(name: str) -> str:
+    return f"checkpoint {name} was not committed"

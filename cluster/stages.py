@@ -178,6 +178,7 @@ class RunStages:
             time.sleep(_AGAIN_S)
             self._commit(last)
             self._committer.settle()
+        self._standstill = None
         write_json(self.directory.state, state.to_json())
         self._state = state
         self.incidents.at(state)

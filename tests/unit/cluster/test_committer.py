@@ -29,7 +29,7 @@ def parts_of(num_bytes: int) -> Callable[[Path], None]:
     return write_parts
 
 
-HUNDRED = parts_of(100)
+SMALL = parts_of(100)
 
 
 class Run:
@@ -45,7 +45,7 @@ class Run:
         self.go_on.set()
         self._root = root
 
-    def begin(self, iteration: int, write_parts: Callable[[Path], None] = HUNDRED, **other: Any) -> None:
+    def begin(self, iteration: int, write_parts: Callable[[Path], None] = SMALL, **other: Any) -> None:
         def choose(found: Any) -> set[str]:
             assert self.go_on.wait(30)
             return {each.name for each in found[-2:]}
@@ -53,7 +53,7 @@ class Run:
         common: dict[str, Any] = {"driver": {"iteration": iteration}, "config_hash": "abc", "choose": choose}
         self.committer.begin(f"r001-i{iteration:06d}", write_parts=write_parts, **(common | other))
 
-    def commit(self, iteration: int, write_parts: Callable[[Path], None] = HUNDRED) -> None:
+    def commit(self, iteration: int, write_parts: Callable[[Path], None] = SMALL) -> None:
         self.begin(iteration, write_parts)
         self.committer.settle()
 
@@ -176,7 +176,7 @@ def test_a_disk_that_takes_no_more_is_an_incident_until_too_many_fail_in_a_row(t
     assert os.strerror(code) in str(error.value)
     assert f"df -h {tmp_path}" in str(error.value)
     assert [incident.kind for incident in run.incidents] == ["checkpoint_failed"] * 5
-    assert "the run goes on without it: failure 2 in a row" in run.incidents[3].action
+    assert "the run goes on: failure 2 in a row" in run.incidents[3].action
     assert "the run stops" in run.incidents[4].action
     assert "r001-i000014" in run.incidents[4].what
     assert os.strerror(code) in run.incidents[4].cause
@@ -196,6 +196,19 @@ def test_a_limit_reached_in_the_second_half_leaves_nothing_behind(tmp_path: Path
     assert os.strerror(errno.EFBIG) in run.incidents[0].cause
     run.commit(6)
     assert run.latest == "r001-i000006"
+
+
+def test_one_that_is_there_counts_also_where_the_old_ones_cannot_be_removed(tmp_path: Path) -> None:
+    def choose(found: Any) -> set[str]:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    run = Run(tmp_path)
+    run.commit(2)
+    run.begin(4, choose=choose)
+    run.committer.settle()
+    assert run.latest == "r001-i000004"
+    [incident] = run.incidents
+    assert incident.what.startswith("checkpoint r001-i000004 was committed, but what it replaces cannot be removed")
 
 
 def test_what_does_not_read_back_as_it_was_written_is_not_acknowledged(

@@ -121,19 +121,19 @@ def test_records_on_a_disk_that_fills_up_stay_whole(disk: Path) -> None:
     file = RecordFile(path)
     file.append(record)
     ballast = fill(disk, leave=4096)
-
-    def twenty() -> None:
-        for _ in range(20):
-            file.append(record)
-
     with pytest.raises(StorageError, match="No space left on device"):
-        twenty()
+        append(file, record, times=20)
     content = path.read_bytes()
     assert content == record * (len(content) // 1000)
     assert len(content) >= 4000
     ballast.unlink()
     file.append(record)
     assert path.read_bytes() == content + record
+
+
+def append(file: RecordFile, record: bytes, *, times: int) -> None:
+    for _ in range(times):
+        file.append(record)
 
 
 def test_lines_are_cut_off_in_place_also_where_nothing_more_fits(disk: Path) -> None:
