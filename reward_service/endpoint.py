@@ -46,9 +46,9 @@ class HTTPReward:
     asked together depends on the order alone.
 
     Lost connections, time-outs, 429, 502, 503 and 504 are tried again, `attempts` times in all, after a pause drawn
-    from [0, first_pause_s 2^(n-1)] (full jitter), on top of what Retry-After asks for; nothing else is: any other status
-    and an answer that is no good would come again. Everything ends within `deadline_s`. After `breaker_failures` batches
-    in a row that were left unanswered, the endpoint is not asked for `breaker_cooldown_s`.
+    from [0, first_pause_s 2^(n-1)] (full jitter), on top of what Retry-After asks for; nothing else is: any other
+    status and an answer that is no good would come again. Everything ends within `deadline_s`. After
+    `breaker_failures` batches in a row that were left unanswered, the endpoint is not asked for `breaker_cooldown_s`.
 
     A request that failed is noted in `dead-letters-NAME.jsonl` beside the incidents: its keys, its hash, the reason,
     and when each try began and what came of it.
