@@ -30,7 +30,11 @@ def examine() -> list[Finding]:
 
 def _python() -> list[Finding]:
     found = ".".join(map(str, sys.version_info[:3]))
-    return [Finding(sys.version_info[:2] == (3, 11), f"Python {found} (3.11 is needed)")]
+    version_found = Finding(sys.version_info[:2] == (3, 11), f"Python {found} (3.11 is needed)")
+    if sys.flags.optimize:
+        # Checks of vLLM's and of ours are assertions.
+        return [version_found, Finding(False, "assertions are switched off; next: unset PYTHONOPTIMIZE, drop -O")]
+    return [version_found]
 
 
 def _packages() -> list[Finding]:

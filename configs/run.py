@@ -157,6 +157,12 @@ class RunConfig(Section):
         for place, reward in enumerate(self.scoring.rewards):
             if isinstance(reward, HTTPRewardConfig):
                 urls[f"scoring.rewards.{place}.url"] = reward.url
+                if reward.deadline_s >= self.cluster.deadlines.score_s:
+                    raise ValueError(
+                        f"scoring.rewards.{place}.deadline_s = {reward.deadline_s:g} is not below "
+                        f"cluster.deadlines.score_s = {self.cluster.deadlines.score_s:g}: the run would give up on the "
+                        "worker before the worker could say what is wrong with the endpoint"
+                    )
         for where, url in urls.items():
             problem = None if url is None else addresses.trouble(url, allowed_hosts=self.cluster.allowed_hosts)
             if problem is not None:

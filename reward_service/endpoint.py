@@ -46,8 +46,8 @@ class HTTPReward:
     asked together depends on the order alone.
 
     Lost connections, time-outs, 429, 502, 503 and 504 are tried again, `attempts` times in all, after a pause drawn
-    from [0, first_pause_s 2^(n-1)] (full jitter), or what Retry-After asks for if that is longer; nothing else is: any
-    other status and an answer that is no good would come again. Everything ends within `deadline_s`. After
+    from [0, first_pause_s 2^(n-1)] (full jitter), on top of what Retry-After asks for; nothing else is: any other
+    status and an answer that is no good would come again. Everything ends within `deadline_s`. After
     `breaker_failures` batches in a row that were left unanswered, the endpoint is not asked for `breaker_cooldown_s`.
 
     A request that failed is noted in `dead-letters-NAME.jsonl` beside the incidents: its keys, its hash, the reason,
@@ -182,7 +182,8 @@ class HTTPReward:
     def _wait_s(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
         asked = error.retry_after_s if isinstance(error, NoAnswer) else 0.0
-        return max(asked, self._pause(state))
+        # On top of what the server asks for, so that those it has sent away do not all come back at once.
+        return asked + self._pause(state)
 
     async def _ask(self, client: httpx.AsyncClient, body: bytes, deadline_s: float) -> bytes:
         left_s = deadline_s - time.monotonic()

@@ -417,6 +417,14 @@ def test_an_address_that_may_hold_a_secret_is_refused(url: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+def test_no_spelling_of_a_link_local_address_is_asked() -> None:
+    with pytest.raises(UserError, match="a link-local address"):
+        completer("http://169.254.169.254/v1")
+    assert failure("http://2852039166/v1") == (
+        "not asked: 2852039166 is 169.254.169.254, a link-local address, which no endpoint may be at"
+    )
+
+
 @pytest.mark.parametrize("url", ["http://", "http://h:hunter2/", "http://[hunter2/", "hunter2"])
 def test_an_address_that_is_none_is_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(ConfigError, match=r"rounds\.labeler\.judge\.url|rounds\.labeler\.url") as caught:
