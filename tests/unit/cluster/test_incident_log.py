@@ -18,7 +18,12 @@ def test_an_incident_is_a_record_and_a_line(tmp_path: Path) -> None:
     log(INCIDENT)
     [path] = (tmp_path / "incidents").iterdir()
     found = json.loads(path.read_text())
-    assert (found["kind"], found["round"], found["iteration"], found["policy_version"]) == ("checkpoint_failed", 2, 7, 9)
+    assert (found["kind"], found["round"], found["iteration"], found["policy_version"]) == (
+        "checkpoint_failed",
+        2,
+        7,
+        9,
+    )
     assert said == [f"incident: no room; the run goes on (incidents/{path.name})"]
 
 

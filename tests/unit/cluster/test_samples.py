@@ -55,7 +55,11 @@ def test_a_damaged_file_is_an_error_with_the_line_and_what_to_do(tmp_path: Path)
     samples.write(path, [rollout(number) for number in range(3)])
     whole = path.read_bytes()
     second = whole.index(b"\n") + 1
-    for damaged in (whole[: second + 40], whole[:second] + b"\xff" + whole[second:], whole.replace(b"response_ids", b"r")):
+    for damaged in (
+        whole[: second + 40],
+        whole[:second] + b"\xff" + whole[second:],
+        whole.replace(b"response_ids", b"r"),
+    ):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{path}, line [12]: the responses .* cannot be read.*`rm {path}`"):
             samples.read(path)

@@ -155,7 +155,10 @@ def test_lines_are_cut_off_in_place_also_where_nothing_more_fits(disk: Path) -> 
 )
 def test_whichever_library_meets_the_full_disk_the_file_is_named(disk: Path, write: Callable[[Path], object]) -> None:
     path = disk / "artefact"
-    with pytest.raises(StorageError, match=f"{path}: it cannot be written.*No space left on device"), staged(path) as at:
+    with (
+        pytest.raises(StorageError, match=f"{path}: it cannot be written.*No space left on device"),
+        staged(path) as at,
+    ):
         write(at)
     assert list(disk.iterdir()) == []
 
