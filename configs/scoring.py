@@ -137,7 +137,10 @@ class ScoringConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     rewards: list[RewardConfig] = [ModelRewardConfig()]
     calibration_responses: PositiveInt = 256
-    """Samples of the reference policy that fix the zero and the unit of a new reward model."""
+    """Anchor responses that fix the zero and the unit of a new reward model."""
+    calibration_anchor: Literal["ref_policy", "demonstrations"] = "ref_policy"
+    """Whose responses they are: sampled from the reference policy, or taken from `data.demonstrations`, whose prompts
+    reach reward functions without metadata."""
     combine: CombineConfig = LinearCombination()
     """How several rewards become one score. All are kept beside it."""
     length: LengthConfig | None = None

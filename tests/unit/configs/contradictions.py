@@ -118,6 +118,14 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("scoring.rewards=[{kind: http, name: a, url: 'http://x:99999'}]", _HTTP), "scoring.rewards.0.url"),
     (("scoring.rewards=[{kind: http, name: a, url: 'http://[::'}]", _HTTP), "scoring.rewards.0.url"),
     (("scoring.gold={path: no colon}",), "scoring.gold.path"),
+    (
+        (
+            "scoring.calibration_anchor=demonstrations",
+            "data.demonstrations=null",
+            "models.policy={path: x}",
+        ),
+        "there is no data.demonstrations",
+    ),
     (("scoring.combine.kind=minimum",), "needs two rewards or more"),
     (("scoring.combine={kind: safety_first, helpfulness: a, safety: b}",), "needs two rewards or more"),
     (("scoring.combine.kind=best",), "scoring.combine"),
