@@ -68,7 +68,7 @@ class RunDirectory:
 
     @property
     def reference_samples(self) -> Path:
-        """The reference policy's responses that fix the zero and the unit of every reward model."""
+        """The anchor responses, which fix the zero and the unit of every reward."""
         return self.root / "evaluations" / "reference.jsonl"
 
     @property

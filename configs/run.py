@@ -99,6 +99,8 @@ class RunConfig(Section):
             raise ValueError(
                 "models.policy.scratch needs data.demonstrations to train the tokenizer and the SFT policy"
             )
+        if self.scoring.calibration_anchor == "demonstrations" and self.data.demonstrations is None:
+            raise ValueError("scoring.calibration_anchor is demonstrations, but there is no data.demonstrations")
         trained = self.trains_reward_model
         if not self.scoring.rewards:
             raise ValueError("scoring.rewards is empty: name at least one reward")

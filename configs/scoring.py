@@ -75,26 +75,26 @@ RewardConfig = Annotated[ModelRewardConfig | FunctionRewardConfig | HTTPRewardCo
 class LinearCombination(Section):
     """The sum of the scores by weight."""
 
-    rule: Literal["linear"] = "linear"
+    kind: Literal["linear"] = "linear"
 
 
 class MinimumCombination(Section):
     """The worst score."""
 
-    rule: Literal["minimum"] = "minimum"
+    kind: Literal["minimum"] = "minimum"
 
 
 class MeanMinusStdCombination(Section):
     """The mean of an ensemble minus some standard deviations over its members."""
 
-    rule: Literal["mean_minus_std"] = "mean_minus_std"
+    kind: Literal["mean_minus_std"] = "mean_minus_std"
     num_stds: NonNegativeFloat = 1.0
 
 
 class SafetyFirstCombination(Section):
     """The safety score where safety is at stake, and the helpfulness score elsewhere (Llama 2)."""
 
-    rule: Literal["safety_first"] = "safety_first"
+    kind: Literal["safety_first"] = "safety_first"
     helpfulness: str
     """The name of one reward."""
     safety: str
@@ -107,7 +107,7 @@ class SafetyFirstCombination(Section):
 
 CombineConfig = Annotated[
     LinearCombination | MinimumCombination | MeanMinusStdCombination | SafetyFirstCombination,
-    Field(discriminator="rule"),
+    Field(discriminator="kind"),
 ]
 
 
@@ -151,7 +151,10 @@ class ScoringConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     rewards: list[RewardConfig] = [ModelRewardConfig()]
     calibration_responses: PositiveInt = 256
-    """Samples of the reference policy that fix the zero and the unit of a new reward model."""
+    """Anchor responses that fix the zero and the unit of a new reward model."""
+    calibration_anchor: Literal["ref_policy", "demonstrations"] = "ref_policy"
+    """Whose responses they are: sampled from the reference policy, or taken from `data.demonstrations`, whose prompts
+    reach reward functions without metadata."""
     combine: CombineConfig = LinearCombination()
     """How several rewards become one score. All are kept beside it."""
     length: LengthConfig | None = None
@@ -163,32 +166,32 @@ class ScoringConfig(Section):
 
     @model_validator(mode="after")
     def _rewards_can_be_combined(self) -> Self:
-        rule, names = self.combine.rule, [reward.name for reward in self.rewards]
-        if rule == "linear":
+        kind, names = self.combine.kind, [reward.name for reward in self.rewards]
+        if kind == "linear":
             return self
         if len(names) < 2:
-            raise ValueError(f"combine.rule = {rule} needs two rewards or more, and there is {len(names)}")
+            raise ValueError(f"combine.kind = {kind} needs two rewards or more, and there is {len(names)}")
         for reward in self.rewards:
             if reward.weight != 1:
                 raise ValueError(
-                    f"combine.rule = {rule} compares scores and weighs none: set the weight of {reward.name} to 1, or "
-                    "the rule to linear"
+                    f"combine.kind = {kind} compares scores and weighs none: set the weight of {reward.name} to 1, or "
+                    "the kind to linear"
                 )
             if not isinstance(reward, ModelRewardConfig) and reward.normalization == "none":
                 raise ValueError(
-                    f"combine.rule = {rule} compares scores, so they need one unit: set normalization of {reward.name} "
+                    f"combine.kind = {kind} compares scores, so they need one unit: set normalization of {reward.name} "
                     "to reference"
                 )
         if sum(isinstance(reward, ModelRewardConfig) and reward.path == "trained" for reward in self.rewards) > 1:
             raise ValueError(
-                f"combine.rule = {rule} compares different rewards, but two of them are the run's one trained reward "
+                f"combine.kind = {kind} compares different rewards, but two of them are the run's one trained reward "
                 "model"
             )
-        if self.combine.rule == "safety_first":
+        if self.combine.kind == "safety_first":
             given = sorted([self.combine.helpfulness, self.combine.safety])
             if given != sorted(names):
                 raise ValueError(
-                    f"combine.rule = safety_first chooses between two rewards, {' and '.join(given)}, but "
+                    f"combine.kind = safety_first chooses between two rewards, {' and '.join(given)}, but "
                     f"scoring.rewards names {', '.join(names)}"
                 )
         return self

@@ -118,9 +118,18 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("scoring.rewards=[{kind: http, name: a, url: 'http://x:99999'}]", _HTTP), "scoring.rewards.0.url"),
     (("scoring.rewards=[{kind: http, name: a, url: 'http://[::'}]", _HTTP), "scoring.rewards.0.url"),
     (("scoring.gold={path: no colon}",), "scoring.gold.path"),
-    (("scoring.combine.rule=minimum",), "needs two rewards or more"),
-    (("scoring.combine={rule: safety_first, helpfulness: a, safety: b}",), "needs two rewards or more"),
-    (("scoring.combine.rule=best",), "scoring.combine"),
+    (
+        (
+            "scoring.calibration_anchor=demonstrations",
+            "data.demonstrations=null",
+            "models.policy={path: x}",
+        ),
+        "there is no data.demonstrations",
+    ),
+    (("scoring.combine.kind=minimum",), "needs two rewards or more"),
+    (("scoring.combine={kind: safety_first, helpfulness: a, safety: b}",), "needs two rewards or more"),
+    (("scoring.combine.kind=best",), "scoring.combine"),
+    (("scoring.combine.knd=minimum",), "scoring.combine.knd: unknown key; did you mean kind?"),
     (("scoring.length.buffer_tokens=500",), "leaves no response free of charge"),
     ((_PPO, "algorithm.kl_controller.kind=adaptive", "algorithm.kl_beta=0"), "which is 0"),
     (

@@ -46,11 +46,11 @@ def by_rule(rows: list[tuple[float, float, bool]], rule: CombineConfig) -> np.nd
 
 def slow(row: tuple[float, float, bool], rule: CombineConfig) -> float:
     a, b, tagged = float(np.float32(row[0])), float(np.float32(row[1])), row[2]
-    if rule.rule == "linear":
+    if rule.kind == "linear":
         return a + b
-    if rule.rule == "minimum":
+    if rule.kind == "minimum":
         return a if a < b else b
-    if rule.rule == "mean_minus_std":
+    if rule.kind == "mean_minus_std":
         return (a + b) / 2 - 0.7 * abs(a - b) / 2
     return b if tagged or 1 / (1 + math.exp(-b)) < 0.15 else a
 
@@ -131,18 +131,18 @@ FUNCTION = "{kind: function, name: c, path: 'm:f'%s}"
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["scoring.combine.rule=minimum"], "needs two rewards or more, and there is 1"),
-        ([REWARDS.replace("path: one", "path: one, weight: 2.0"), "scoring.combine.rule=minimum"], "weight of a to 1"),
+        (["scoring.combine.kind=minimum"], "needs two rewards or more, and there is 1"),
+        ([REWARDS.replace("path: one", "path: one, weight: 2.0"), "scoring.combine.kind=minimum"], "weight of a to 1"),
         (
-            [REWARDS.replace("]", f", {FUNCTION % ''}]"), "scoring.combine.rule=mean_minus_std"],
+            [REWARDS.replace("]", f", {FUNCTION % ''}]"), "scoring.combine.kind=mean_minus_std"],
             "set normalization of c to reference",
         ),
         (
-            ["scoring.rewards=[{kind: model, name: a}, {kind: model, name: b}]", "scoring.combine.rule=minimum"],
+            ["scoring.rewards=[{kind: model, name: a}, {kind: model, name: b}]", "scoring.combine.kind=minimum"],
             "the run's one trained reward model",
         ),
-        ([REWARDS, "scoring.combine={rule: safety_first, helpfulness: a, safety: c}"], "names a, b"),
-        ([REWARDS, "scoring.combine={rule: safety_first, helpfulness: a, safety: a}"], "a and a"),
+        ([REWARDS, "scoring.combine={kind: safety_first, helpfulness: a, safety: c}"], "names a, b"),
+        ([REWARDS, "scoring.combine={kind: safety_first, helpfulness: a, safety: a}"], "a and a"),
         (["scoring.length.buffer_tokens=24"], "leaves no response free of charge"),
     ],
 )
@@ -152,8 +152,8 @@ def test_what_cannot_be_combined_is_refused(overrides: list[str], says: str, tmp
 
 
 def test_what_can_be_combined_is_not_refused(tmp_path: Path) -> None:
-    gate = "scoring.combine={rule: safety_first, helpfulness: b, safety: a, threshold: 0.3}"
-    assert tiny_config(tmp_path, REWARDS, gate).scoring.combine.rule == "safety_first"
+    gate = "scoring.combine={kind: safety_first, helpfulness: b, safety: a, threshold: 0.3}"
+    assert tiny_config(tmp_path, REWARDS, gate).scoring.combine.kind == "safety_first"
     with_function = REWARDS.replace("]", f", {FUNCTION % ', normalization: reference'}]")
-    assert tiny_config(tmp_path, with_function, "scoring.combine.rule=minimum").scoring.combine.rule == "minimum"
+    assert tiny_config(tmp_path, with_function, "scoring.combine.kind=minimum").scoring.combine.kind == "minimum"
     assert tiny_config(tmp_path, "scoring.length.buffer_tokens=8").scoring.length is not None

@@ -136,6 +136,7 @@ def test_gradcheck_and_nothing_for_padding(centering: float):
     start = torch.where(ranks > 0, scores, 0).requires_grad_()
     assert torch.autograd.gradcheck(loss_of, start)
     loss_of(start).backward()
+    assert start.grad is not None
     assert (start.grad[1, 2:] == 0).all()
 
 
@@ -144,6 +145,7 @@ def test_two_tied_completions_do_not_push_each_other():
     plackett_luce_loss(scores, ranks=torch.tensor([[1, 2, 2]]), weights=t64([1.0]))[0].backward()
     # The tied ones are pushed down by the best alone, each by its share.
     total = math.exp(1.0) + math.exp(0.3) + math.exp(-0.2)
+    assert scores.grad is not None
     close(scores.grad[0], [math.exp(1.0) / total - 1, math.exp(0.3) / total, math.exp(-0.2) / total])
 
 
