@@ -50,10 +50,11 @@ class RewardModelTrainingConfig(Section):
     """`k_choose_2`: mean over all pairs of a prompt, then over prompts. `pairwise`: mean over pairs, so that a ranking
     of K counts K(K-1)/2 times. `plackett_luce`: each ranking as a whole; it sums K - 1 terms, so that the learning
     rate wants tuning anew. A prompt's pairs stay together whatever the loss, and tied completions make none."""
-    margin: MarginKind = "given"
-    """By how much the better score should lead. `given`: by the number in the data (a label's strength, 1 to 3), 0
-    where there is none. `large` and `small`: strengths of 0 to 3 as 0, 1, 2, 3 and as 0, 1/3, 2/3, 1 (Llama 2, table
-    27); any other number in the data is an error. `none`: not at all."""
+    margin: MarginKind = "none"
+    """By how much the better score should lead. `none`: scores stay log-odds of being preferred. `given`: by the number
+    in the data (a label's strength, 1 to 3), 0 where there is none. `large` and `small`: strengths of 0 to 3 as 0, 1,
+    2, 3 and as 0, 1/3, 2/3, 1 (Llama 2, table 27); any other number in the data is an error. Margins stretch scores, and
+    large ones split them in two, which is hard on RL."""
     batch_pairs: PositiveInt = 32
     num_epochs: PositiveInt = 1
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1

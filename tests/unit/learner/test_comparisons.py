@@ -55,6 +55,8 @@ def test_v11b_margins_are_read_off_the_strengths(tmp_path: Path, margin: str, ex
 def test_a_margin_that_is_no_strength_is_taken_as_it_is_or_refused(tmp_path: Path) -> None:
     rows = [*PAIRS, {"prompt": "three", "chosen": "x", "rejected": "y", "margin": 7.5}]
     elements, _, _ = read(tmp_path, rows)
+    assert elements[-1].margins == (0.0,)  # strengths are no log-odds: they count only where they are asked for
+    elements, _, _ = read(tmp_path, rows, "learner.reward_model.margin=given")
     assert elements[-1].margins == (7.5,)
     for margin in ("small", "large"):
         with pytest.raises(UserError, match=r"base, comparison 5: the margin 7\.5 is no strength"):
@@ -183,6 +185,6 @@ def test_pairs_alone_give_plackett_luce_and_pairs_the_same_loss(tmp_path: Path) 
 
 def test_a_margin_without_pairs_is_refused_by_the_configuration(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="plackett_luce has no pairs"):
-        tiny_config(tmp_path, "learner.reward_model.loss=plackett_luce")
-    config = tiny_config(tmp_path, "learner.reward_model={loss: plackett_luce, margin: none}")
+        tiny_config(tmp_path, "learner.reward_model={loss: plackett_luce, margin: small}")
+    config = tiny_config(tmp_path, "learner.reward_model.loss=plackett_luce")
     assert config.learner.reward_model.loss == "plackett_luce"
