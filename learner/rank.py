@@ -76,13 +76,13 @@ class Rank:
     def finish_rl(self) -> None:
         """Give up the engines of policy and critic, and their memory."""
         if self._updater is not None:
-            for engine in (self._updater.policy, self._updater.critic):
+            for engine in self._updater.engines.values():
                 engine.close()
         self._updater = None
         self._standing = None
 
     def start_rl(self, *, policy: Path, reward_model: Path | None, iterations: int) -> None:
-        """Build the engines of policy and critic; those of a round before are given up.
+        """Build the engines of policy and, where there is one, critic; those of a round before are given up.
 
         Args:
             policy: The directory that the policy starts from.
@@ -93,17 +93,20 @@ class Rank:
         config = self._config
         learner, algorithm = config.learner, config.algorithm
         network = load_policy(policy, precision=learner.precision)
-        critic = make_critic(config, policy=policy, reward_model=reward_model)
         self._tokenizer = load_tokenizer(policy)
         minibatches = config.rollout.responses_per_iteration // algorithm.minibatch_responses
         steps = minibatches * algorithm.num_epochs
-        policy_iterations = max(1, iterations - algorithm.critic_warmup_iterations)
+        policy_iterations = max(1, iterations - algorithm.warmup_iterations)
         make = partial(DeepSpeedEngine, settings=learner, context=self.context)
+        critic = None
+        if algorithm.has_critic:
+            module = make_critic(config, policy=policy, reward_model=reward_model)
+            critic = make(module, optimizer=learner.critic_optimizer, name="critic", total_steps=steps * iterations)
         self._updater = Updater(
             policy=make(
                 network, optimizer=learner.policy_optimizer, name="policy", total_steps=steps * policy_iterations
             ),
-            critic=make(critic, optimizer=learner.critic_optimizer, name="critic", total_steps=steps * iterations),
+            critic=critic,
             settings=UpdateSettings(
                 algorithm=algorithm,
                 passes=PassSettings(
@@ -135,7 +138,7 @@ class Rank:
         self._standing = None
         version = -1 if self.policy_version is None else self.policy_version
         batch = assemble(groups, round=round, iteration=iteration, policy_version=version)
-        self._batch, self._kl_nats, self._kl_beta = batch, {}, updater.kl_beta
+        self._batch, self._kl_nats, self._kl_beta = batch, {}, updater.reward_kl_beta
         try:
             report = updater.update(batch)
         except NonFiniteError as error:
@@ -212,13 +215,13 @@ class Rank:
         updater = self._running()
         controller = None if updater.controller is None else updater.controller.state_dict()
         state = checkpoint.LearnerState(policy_version=self.policy_version, kl_controller=controller)
-        checkpoint.save(directory, engines={"policy": updater.policy, "critic": updater.critic}, state=state)
+        checkpoint.save(directory, engines=updater.engines, state=state)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote; the files must have been verified."""
         updater = self._running()
         self._standing = None
-        state = checkpoint.load(directory, engines={"policy": updater.policy, "critic": updater.critic})
+        state = checkpoint.load(directory, engines=updater.engines)
         self.policy_version = state.policy_version
         if updater.controller is not None and state.kl_controller is not None:
             updater.controller.load_state_dict(state.kl_controller)

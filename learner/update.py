@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.algorithm import AlgorithmConfig, APAConfig, PPOConfig
-from learner.batch import MicroBatch, minibatches
+from configs.algorithm import AlgorithmConfig, PenalizedBase, PPOConfig
+from learner.batch import minibatches
 from learner.experience import PassSettings, TrainBatch, estimate, evaluate, flatten, passes
-from learner.ops import apa, kl, ppo, value
+from learner.ops import kl
 from learner.ops.aggregate import token_weights
-from learner.step_log import StepLog
 from learner.training import TrainingEngine
-from learner.update_metrics import batch_metrics, step_metrics
+from learner.update_metrics import batch_metrics, mismatch_metrics, step_metrics
+from learner.update_steps import CriticSteps, PolicySteps
+from protocol import metrics as names
 from protocol.messages import ScoredBatch, UpdateReport
 
 
@@ -31,28 +32,44 @@ class UpdateSettings:
 
 
 class Updater:
-    """Learns from scored batches with a policy engine and a critic engine.
+    """Learns from scored batches with a policy engine and, where the advantages need one, a critic engine.
 
     Args:
         policy: Over a PolicyModel.
-        critic: Over a ScalarModel.
+        critic: Over a ScalarModel; None exactly where the algorithm has no critic.
         settings: What to do.
+
+    Raises:
+        ValueError: If there is a critic too many or too few.
     """
 
-    def __init__(self, *, policy: TrainingEngine, critic: TrainingEngine, settings: UpdateSettings) -> None:
+    def __init__(self, *, policy: TrainingEngine, critic: TrainingEngine | None, settings: UpdateSettings) -> None:
+        algorithm = settings.algorithm
+        if algorithm.has_critic != (critic is not None):
+            raise ValueError(f"advantage = {algorithm.advantage} {'needs a' if critic is None else 'has no'} critic")
         self.policy = policy
         self.critic = critic
         self.settings = settings
-        algorithm = settings.algorithm
-        # APA's KL is in its loss, so no coefficient is steered.
+        # APA's KL is in its own loss, so no coefficient is steered.
         self.controller: kl.KLController | None = None
-        if isinstance(algorithm, PPOConfig):
+        if isinstance(algorithm, PenalizedBase):
             self.controller = kl.make_controller(algorithm.kl_controller, initial_beta=algorithm.kl_beta)
+        self._penalty = algorithm if isinstance(algorithm, PenalizedBase) else None
+
+    @property
+    def engines(self) -> dict[str, TrainingEngine]:
+        """The engines by name, as a checkpoint keeps them."""
+        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
 
     @property
     def kl_beta(self) -> float:
-        """The KL coefficient of the next batch's reward."""
+        """The KL coefficient of the next batch."""
         return 0.0 if self.controller is None else self.controller.beta
+
+    @property
+    def reward_kl_beta(self) -> float:
+        """The KL coefficient of the next batch's reward."""
+        return 0.0 if self._penalty is None or self._penalty.kl_in == "loss" else self.kl_beta
 
     def update(self, batch: ScoredBatch) -> UpdateReport:
         """Learn from a batch. All ranks call this with the same batch.
@@ -70,39 +87,53 @@ class Updater:
         algorithm = self.settings.algorithm
         responses = flatten(batch, device=self.policy.context.device)
         opinions = evaluate(responses, policy=self.policy, critic=self.critic, settings=self.settings.passes)
-        train = estimate(responses, opinions, algorithm=algorithm, kl_beta=self.kl_beta)
-        metrics = batch_metrics(train, algorithm=algorithm, kl_beta=self.kl_beta)
+        beta = self.kl_beta
+        train = estimate(responses, opinions, algorithm=algorithm, kl_beta=self.reward_kl_beta)
+        metrics = batch_metrics(train, algorithm=algorithm, kl_beta=beta)
+        metrics |= mismatch_metrics(train, algorithm=algorithm, policy_version=batch.policy_version)
         if self.controller is not None:
             self.controller.update(train.kl)
 
-        train_policy = batch.iteration >= algorithm.critic_warmup_iterations
-        policy_log, critic_log = StepLog(self.policy), StepLog(self.critic)
+        policy = PolicySteps(
+            self.policy, train, algorithm=algorithm, temperature=self.settings.passes.temperature, kl_beta=beta
+        )
+        critic = None
+        if self.critic is not None and train.value_targets is not None:
+            critic = CriticSteps(self.critic, train.value_targets, value_clip=algorithm.value_clip)
+        trains_policy = batch.iteration >= algorithm.warmup_iterations
+        is_far_enough = False
         for epoch in range(algorithm.num_epochs):
             seed = _seed(self.settings.run_seed, batch.round, batch.iteration, epoch)
             for indices in minibatches(len(responses.keys), size=algorithm.minibatch_responses, seed=seed):
-                self._step(train, indices, policy_log=policy_log if train_policy else None, critic_log=critic_log)
+                moves_policy = trains_policy and not is_far_enough
+                self._step(train, indices, policy=policy if moves_policy else None, critic=critic)
+                is_far_enough = is_far_enough or (moves_policy and policy.is_far_enough)
 
-        metrics |= step_metrics(policy_log, critic_log)
+        logs = [policy.log] if critic is None else [policy.log, critic.log]
+        metrics |= step_metrics(policy.log, None if critic is None else critic.log)
+        if isinstance(algorithm, PPOConfig) and algorithm.max_approx_kl is not None:
+            metrics[names.POLICY_STOPPED_EARLY] = float(is_far_enough)
         return UpdateReport(
             metrics=metrics,
-            num_steps=(policy_log if train_policy else critic_log).num_applied,
-            num_skipped_steps=policy_log.num_skipped + critic_log.num_skipped,
+            num_steps=logs[0 if trains_policy else -1].num_applied,
+            num_skipped_steps=sum(log.num_skipped for log in logs),
             kl_nats_per_sequence=dict(zip(responses.keys, train.kl_nats.tolist(), strict=True)),
         )
 
-    def _step(self, train: TrainBatch, indices: list[int], *, policy_log: StepLog | None, critic_log: StepLog) -> None:
+    def _step(
+        self, train: TrainBatch, indices: list[int], *, policy: PolicySteps | None, critic: CriticSteps | None
+    ) -> None:
+        """Take one step of each side that learns."""
+        learning = [side for side in (policy, critic) if side is not None]
+        if not learning:
+            return
         weights = self._weights(train, indices)
         own = list(passes(train.responses, indices, settings=self.settings.passes, engine=self.policy))
         for number, (micro_batch, index, _) in enumerate(own):
-            last = number == len(own) - 1
-            if policy_log is not None:
-                loss = self._policy_loss(train, micro_batch, index, weights=weights[index], log=policy_log)
-                self.policy.backward(loss, last=last)
-            loss = self._value_loss(train, micro_batch, index, weights=weights[index], log=critic_log)
-            self.critic.backward(loss, last=last)
-        if policy_log is not None:
-            policy_log.close_step(self.policy.step())
-        critic_log.close_step(self.critic.step())
+            for side in learning:
+                side.learn(micro_batch, index, weights=weights[index], last=number == len(own) - 1)
+        for side in learning:
+            side.step()
 
     def _weights(self, train: TrainBatch, indices: list[int]) -> Tensor:
         """Weigh the tokens of one minibatch: flat [N] over the whole batch, zero elsewhere."""
@@ -112,42 +143,6 @@ class Updater:
             mask, mode=self.settings.algorithm.aggregation, constant=self.settings.max_response_tokens
         )
         return weights[train.responses.mask]
-
-    def _policy_loss(self, train: TrainBatch, m: MicroBatch, index: Tensor, *, weights: Tensor, log: StepLog) -> Tensor:
-        logprobs, _ = self.policy.forward(
-            m.input_ids,
-            m.position_ids,
-            m.predict_index,
-            m.target_ids,
-            temperature=self.settings.passes.temperature,
-        )
-        tensors = {
-            "old_logprobs": train.opinions.old_logprobs[index],
-            "ref_logprobs": train.responses.ref_logprobs[index],
-            "advantages": train.advantages[index],
-            "weights": weights,
-        }
-        match self.settings.algorithm:
-            case PPOConfig() as settings:
-                loss, diagnostics = ppo.loss(logprobs, **tensors, settings=settings)
-            case APAConfig() as settings:
-                loss, diagnostics = apa.loss(logprobs, **tensors, settings=settings)
-        ratio_gaps = (logprobs.detach() - tensors["old_logprobs"]).expm1().abs()
-        log.add(loss, diagnostics, weights=weights, watched=ratio_gaps)
-        return loss
-
-    def _value_loss(self, train: TrainBatch, m: MicroBatch, index: Tensor, *, weights: Tensor, log: StepLog) -> Tensor:
-        # A critic values the state before a token, which is where the policy predicts that token.
-        values = self.critic.forward(m.input_ids, m.position_ids, m.predict_index)
-        loss, diagnostics = value.loss(
-            values,
-            old_values=train.opinions.values[index],
-            returns=train.returns[index],
-            weights=weights,
-            value_clip=self.settings.algorithm.value_clip,
-        )
-        log.add(loss, diagnostics, weights=weights)
-        return loss
 
 
 def _seed(*parts: int) -> int:
