@@ -22,6 +22,7 @@ from learner.supervised_loop import StageContext, layout_of
 from learner.training import NonFiniteError, RankContext
 from learner.update import Updater, UpdateSettings
 from protocol import incidents
+from protocol import metrics as names
 from protocol.broadcast import Meeting
 from protocol.incidents import Incident
 from protocol.messages import (
@@ -147,6 +148,7 @@ class Rank:
         self._kl_nats = report.kl_nats_per_sequence
         if report.num_skipped_steps:
             self._keep(batch, f"{report.num_skipped_steps} steps were skipped: loss or gradient was not finite")
+        self._warn_of_mismatch(batch, report.metrics.get(names.SYNC_K3_LAG0, 0.0))
         return report
 
     def publish(self, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
@@ -268,6 +270,25 @@ class Rank:
             device=self.context.device,
             make_engine=make_engine,
         )
+
+    def _warn_of_mismatch(self, batch: ScoredBatch, k3: float) -> None:
+        """Record an incident where engine and learner, at the same version, are not the same policy."""
+        bound = self._config.algorithm.correction.alarm_k3
+        if self.context.rank != 0 or k3 <= bound:
+            return
+        incident = Incident(
+            kind="mismatch",
+            what=f"engine and learner differ by {k3:.3g} nats a token (k3), more than "
+            f"algorithm.correction.alarm_k3 = {bound:g}, on tokens of this very version",
+            where="learner",
+            cause="other numerics (dtype, kernels), another temperature, or weights that did not arrive",
+            action="the run goes on",
+            round=batch.round,
+            iteration=batch.iteration,
+            policy_version=batch.policy_version,
+            data={"k3": k3},
+        )
+        incidents.write(self._incidents, incident, name=f"mismatch-r{batch.round:03d}-i{batch.iteration:06d}")
 
     def _keep(self, batch: ScoredBatch, what: str) -> None:
         """Keep a batch that could not be learned from, for a post-mortem."""

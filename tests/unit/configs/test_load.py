@@ -120,3 +120,21 @@ def test_a_long_value_is_cut_short_in_the_message() -> None:
 def test_an_override_that_names_no_round_is_not_ignored(name: str) -> None:
     with pytest.raises(ConfigError, match="numbered from 1 to 2"):
         load("quickstart", [f"rounds.overrides.{name}.iterations=5"])
+
+
+def test_without_a_critic_there_is_no_need_of_a_reward_model_to_start_it_from() -> None:
+    overrides = ["scoring.rewards=[{kind: function, name: a, path: 'm:f'}]", "rounds.collect.comparisons=0"]
+    config = load("quickstart", [*overrides, "algorithm.advantage=reinforce", "rounds.count=1", "rounds.overrides={}"])
+    assert not config.algorithm.has_critic
+    assert config.algorithm.warmup_iterations == 0 < config.algorithm.critic_warmup_iterations
+    with pytest.raises(ConfigError, match="models.critic.init is reward"):
+        load("quickstart", [*overrides, "rounds.count=1", "rounds.overrides={}"])
+
+
+@pytest.mark.parametrize("name", ["ppo", "apa", "awr", "a2c"])
+def test_one_line_switches_the_algorithm(name: str) -> None:
+    config = load("quickstart", [f"algorithm.name={name}"])
+    assert config.algorithm.name == name
+    assert config.algorithm.minibatch_responses == 32
+    assert config.algorithm.correction.weight == "none"
+    assert config.algorithm.has_critic
