@@ -151,6 +151,11 @@ class PPOConfig(PenalizedBase):
     before the first step: mean k2 per token, in nats."""
     value_clip: PositiveFloat | None = 0.2
     adv_norm: AdvantageNorm = "whiten"
+    ptx_coefficient: NonNegativeFloat = 0.0
+    """Above zero this is PPO-ptx: in every step, the gradient of so many times the mean negative log-likelihood per
+    token of texts of `data.pretraining` is added. InstructGPT's 27.8 is a place to start from only."""
+    ptx_texts: PositiveInt = 64
+    """Pretraining texts in one optimiser step, over all ranks."""
 
 
 class APAConfig(AlgorithmBase):

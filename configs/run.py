@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from configs.algorithm import AlgorithmConfig, PenalizedBase
+from configs.algorithm import AlgorithmConfig, PenalizedBase, PPOConfig
 from configs.base import Location, NonNegativeInt, Section
 from configs.cluster import ClusterConfig
 from configs.data import DataConfig
@@ -145,9 +145,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _nothing_unavailable(self) -> Self:
-        if self.data.pretraining is not None:
-            raise ValueError("data.pretraining is not available in this version")
+    def _pretraining_has_data_and_use(self) -> Self:
+        wanted = isinstance(self.algorithm, PPOConfig) and self.algorithm.ptx_coefficient > 0
+        if wanted and self.data.pretraining is None:
+            raise ValueError("algorithm.ptx_coefficient > 0 needs data.pretraining")
+        if self.data.pretraining is not None and not wanted:
+            raise ValueError(
+                "data.pretraining is not read by anything: set algorithm.name = ppo and algorithm.ptx_coefficient > 0, "
+                "or leave it out"
+            )
         return self
 
     @model_validator(mode="after")

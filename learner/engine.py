@@ -118,6 +118,12 @@ class DeepSpeedEngine:
         self._skips_in_a_row = 0
         return StepResult(grad_norm=norm, learning_rate=rate, applied=True)
 
+    def measure(self) -> float:
+        """Give the gradient's norm and clear it, without a step."""
+        norm = self._inspect()[2]
+        self._discard_gradient()
+        return norm
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks; the argument may be overwritten."""
         if self.context.world_size > 1:

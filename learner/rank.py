@@ -17,8 +17,9 @@ from learner.engine import DeepSpeedEngine
 from learner.experience import PassSettings
 from learner.export import export_policy, padding_id
 from learner.models import ScalarModel, load_critic, load_policy, load_scalar, scalar_from_policy
+from learner.pretraining import load_texts
 from learner.stored_policy import StoredPolicy
-from learner.supervised_loop import StageContext, layout_of
+from learner.supervised_loop import StageContext, context_tokens, layout_of
 from learner.training import NonFiniteError, RankContext
 from learner.update import Updater, UpdateSettings
 from protocol import incidents
@@ -103,17 +104,24 @@ class Rank:
         if algorithm.has_critic:
             module = make_critic(config, policy=policy, reward_model=reward_model)
             critic = make(module, optimizer=learner.critic_optimizer, name="critic", total_steps=steps * iterations)
+        layout = layout_of(network, learner)
+        longest = min(context_tokens(network) or learner.micro_batch_tokens, learner.micro_batch_tokens)
+        policy_engine = make(
+            network, optimizer=learner.policy_optimizer, name="policy", total_steps=steps * policy_iterations
+        )
+        texts = []
+        if config.data.pretraining is not None:
+            texts = load_texts(config, self._tokenizer, longest=longest, engine=policy_engine)
         self._updater = Updater(
-            policy=make(
-                network, optimizer=learner.policy_optimizer, name="policy", total_steps=steps * policy_iterations
-            ),
+            policy=policy_engine,
             critic=critic,
+            texts=texts,
             settings=UpdateSettings(
                 algorithm=algorithm,
                 passes=PassSettings(
                     temperature=config.rollout.temperature,
                     token_budget=learner.micro_batch_tokens,
-                    layout=layout_of(network, learner),
+                    layout=layout,
                     pad_id=padding_id(self._tokenizer),
                 ),
                 max_response_tokens=config.rollout.max_response_tokens,

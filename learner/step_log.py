@@ -25,6 +25,11 @@ class StepLog:
         self._watched = torch.zeros((), device=engine.context.device)
 
     @property
+    def num_steps(self) -> int:
+        """Steps, applied or not."""
+        return len(self._results)
+
+    @property
     def num_applied(self) -> int:
         """Steps that were applied."""
         return sum(result.applied for result in self._results)

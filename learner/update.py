@@ -3,6 +3,8 @@
 What is learned depends on the batch, the settings and the seed alone: not on padding, micro-batches, ranks or ZeRO.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +12,11 @@ import torch
 from torch import Tensor
 
 from configs.algorithm import AlgorithmConfig, PenalizedBase, PPOConfig
-from learner.batch import minibatches
+from learner.batch import TokenSequence, minibatches
 from learner.experience import PassSettings, TrainBatch, estimate, evaluate, flatten, passes
 from learner.ops import kl
 from learner.ops.aggregate import token_weights
+from learner.pretraining import PretrainingSteps
 from learner.training import TrainingEngine
 from learner.update_metrics import batch_metrics, mismatch_metrics, step_metrics
 from learner.update_steps import CriticSteps, PolicySteps
@@ -38,18 +41,27 @@ class Updater:
         policy: Over a PolicyModel.
         critic: Over a ScalarModel; None exactly where the algorithm has no critic.
         settings: What to do.
+        texts: Pretraining data of PPO-ptx (learner.pretraining.load_texts); none without it.
 
     Raises:
         ValueError: If there is a critic too many or too few.
     """
 
-    def __init__(self, *, policy: TrainingEngine, critic: TrainingEngine | None, settings: UpdateSettings) -> None:
+    def __init__(
+        self,
+        *,
+        policy: TrainingEngine,
+        critic: TrainingEngine | None,
+        settings: UpdateSettings,
+        texts: Sequence[TokenSequence] = (),
+    ) -> None:
         algorithm = settings.algorithm
         if algorithm.has_critic != (critic is not None):
             raise ValueError(f"advantage = {algorithm.advantage} {'needs a' if critic is None else 'has no'} critic")
         self.policy = policy
         self.critic = critic
         self.settings = settings
+        self.texts = texts
         # APA's KL is in its own loss, so no coefficient is steered.
         self.controller: kl.KLController | None = None
         if isinstance(algorithm, PenalizedBase):
@@ -94,21 +106,24 @@ class Updater:
         if self.controller is not None:
             self.controller.update(train.kl)
 
-        policy = PolicySteps(
-            self.policy, train, algorithm=algorithm, temperature=self.settings.passes.temperature, kl_beta=beta
-        )
+        policy = self._policy_steps(train, kl_beta=beta)
         critic = None
         if self.critic is not None and train.value_targets is not None:
             critic = CriticSteps(self.critic, train.value_targets, value_clip=algorithm.value_clip)
         trains_policy = batch.iteration >= algorithm.warmup_iterations
+        rehearsal = self._rehearsal(batch) if trains_policy else None
         is_far_enough = False
         for epoch in range(algorithm.num_epochs):
             seed = _seed(self.settings.run_seed, batch.round, batch.iteration, epoch)
             for indices in minibatches(len(responses.keys), size=algorithm.minibatch_responses, seed=seed):
+                if rehearsal is not None and not rehearsal.log.num_steps:
+                    metrics |= self._gradient_ratio(train, indices, kl_beta=beta, probe=self._rehearsal(batch))
                 moves_policy = trains_policy and not is_far_enough
-                self._step(train, indices, policy=policy if moves_policy else None, critic=critic)
+                self._step(train, indices, policy=policy if moves_policy else None, critic=critic, rehearsal=rehearsal)
                 is_far_enough = is_far_enough or (moves_policy and policy.is_far_enough)
 
+        if rehearsal is not None and (summary := rehearsal.log.reduce()) is not None:
+            metrics |= {names.POLICY_PTX_NLL: summary.mean("nll") or 0.0}
         logs = [policy.log] if critic is None else [policy.log, critic.log]
         metrics |= step_metrics(policy.log, None if critic is None else critic.log)
         if isinstance(algorithm, PPOConfig) and algorithm.max_approx_kl is not None:
@@ -121,19 +136,66 @@ class Updater:
         )
 
     def _step(
-        self, train: TrainBatch, indices: list[int], *, policy: PolicySteps | None, critic: CriticSteps | None
+        self,
+        train: TrainBatch,
+        indices: list[int],
+        *,
+        policy: PolicySteps | None,
+        critic: CriticSteps | None,
+        rehearsal: PretrainingSteps | None,
     ) -> None:
-        """Take one step of each side that learns."""
-        learning = [side for side in (policy, critic) if side is not None]
-        if not learning:
+        """Take one step of each side that learns; the pretraining gradient is part of the policy's."""
+        if policy is not None and rehearsal is not None:
+            rehearsal.learn(rehearsal.choose(), last=False)
+        self._learn(train, indices, [side for side in (policy, critic) if side is not None])
+        if policy is not None:
+            result = policy.step()
+            if rehearsal is not None:
+                rehearsal.log.close_step(result)
+        if critic is not None:
+            critic.step()
+
+    def _learn(self, train: TrainBatch, indices: list[int], sides: Sequence[PolicySteps | CriticSteps]) -> None:
+        """Add the gradient of one minibatch to each side's step."""
+        if not sides:
             return
         weights = self._weights(train, indices)
         own = list(passes(train.responses, indices, settings=self.settings.passes, engine=self.policy))
         for number, (micro_batch, index, _) in enumerate(own):
-            for side in learning:
+            for side in sides:
                 side.learn(micro_batch, index, weights=weights[index], last=number == len(own) - 1)
-        for side in learning:
-            side.step()
+
+    def _policy_steps(self, train: TrainBatch, *, kl_beta: float) -> PolicySteps:
+        settings = self.settings
+        return PolicySteps(
+            self.policy, train, algorithm=settings.algorithm, temperature=settings.passes.temperature, kl_beta=kl_beta
+        )
+
+    def _rehearsal(self, batch: ScoredBatch) -> PretrainingSteps | None:
+        """Prepare the pretraining side of an update; the same texts in the same order for the same batch."""
+        algorithm = self.settings.algorithm
+        if not isinstance(algorithm, PPOConfig) or algorithm.ptx_coefficient == 0:
+            return None
+        return PretrainingSteps(
+            self.policy,
+            self.texts,
+            settings=self.settings.passes,
+            coefficient=algorithm.ptx_coefficient,
+            size=algorithm.ptx_texts,
+            seed=_seed(self.settings.run_seed, batch.round, batch.iteration, algorithm.num_epochs),
+        )
+
+    def _gradient_ratio(
+        self, train: TrainBatch, indices: list[int], *, kl_beta: float, probe: PretrainingSteps | None
+    ) -> dict[str, float]:
+        """Measure the two gradients of a step apart, at the price of one more pass over both."""
+        if probe is None:
+            return {}
+        self._learn(train, indices, [self._policy_steps(train, kl_beta=kl_beta)])
+        policy_norm = self.policy.measure()
+        probe.learn(probe.choose(), last=True)
+        ratio = self.policy.measure() / policy_norm if policy_norm else math.inf
+        return {names.POLICY_PTX_RATIO: ratio} if math.isfinite(ratio) else {}
 
     def _weights(self, train: TrainBatch, indices: list[int]) -> Tensor:
         """Weigh the tokens of one minibatch: flat [N] over the whole batch, zero elsewhere."""

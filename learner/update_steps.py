@@ -8,7 +8,7 @@ from learner.experience import TrainBatch, ValueTargets
 from learner.ops import a2c, apa, awr, kl, ppo, value
 from learner.ops.aggregate import weighted_sum
 from learner.step_log import StepLog
-from learner.training import TrainingEngine
+from learner.training import StepResult, TrainingEngine
 
 
 class PolicySteps:
@@ -62,9 +62,11 @@ class PolicySteps:
         )
         self._engine.backward(self._loss(logprobs, entropies, index, weights=weights), last=last)
 
-    def step(self) -> None:
+    def step(self) -> StepResult:
         """Take the step."""
-        self.log.close_step(self._engine.step())
+        result = self._engine.step()
+        self.log.close_step(result)
+        return result
 
     @property
     def is_far_enough(self) -> bool:

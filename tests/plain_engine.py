@@ -69,6 +69,12 @@ class PlainEngine:
         self._skips = 0
         return StepResult(grad_norm=norm, learning_rate=rate, applied=True)
 
+    def measure(self) -> float:
+        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters()]).item()
+        self._losses.clear()
+        self._adamw.zero_grad()
+        return norm
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         return tensor
 

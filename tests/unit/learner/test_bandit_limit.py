@@ -71,8 +71,9 @@ def every_arm() -> ScoredBatch:
 
 
 def limit(algorithm: AlgorithmConfig) -> list[float]:
+    bandit = Bandit()
     policy = PlainEngine(
-        Bandit(),
+        bandit,
         optimizer=OptimizerConfig(learning_rate=0.05, schedule="cosine", final_fraction=0.0),
         settings=LearnerConfig(max_grad_norm=100.0),
         total_steps=NUM_UPDATES,
@@ -82,7 +83,7 @@ def limit(algorithm: AlgorithmConfig) -> list[float]:
     updater, batch = Updater(policy=policy, critic=None, settings=settings), every_arm()
     for _ in range(NUM_UPDATES):
         updater.update(batch)
-    return torch.softmax(policy.module.logits.detach(), dim=0).tolist()
+    return torch.softmax(bandit.logits.detach(), dim=0).tolist()
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_on_policy_the_gradient_is_that_of_ppo(batch: Batch):
             weights=token_weights(batch.mask, mode="token_mean", dtype=torch.float64),
             settings=settings,
         )[0].backward()
+        assert logprobs.grad is not None
         gradients.append(logprobs.grad[batch.mask])
     close(*gradients)
 

@@ -116,6 +116,7 @@ def test_i12_shifting_the_advantages_scales_the_loss(batch: Batch, shift: float,
 def test_i12_every_weight_is_positive_so_every_sample_is_raised(batch: Batch, max_weight: float | None):
     batch = batch.requiring_grad()
     run(batch, AWRConfig(max_weight=max_weight))[0].backward()
+    assert batch.logprobs.grad is not None
     assert (batch.logprobs.grad[batch.mask] < 0).all()
 
 
