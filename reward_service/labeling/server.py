@@ -2,8 +2,11 @@
 
 import contextlib
 import ipaddress
+import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -56,13 +59,35 @@ def serve(
         site = site_at(base_url, host=host, run_name=run_name)
         secret_file = SecretFile(secret_path or _beside(store_url))
         app = make_app(store, config=config, site=site, secret_file=secret_file)
-        print(f"Labeling page of {run_name}: {base_url} (Ctrl-C closes it)", flush=True)
-        if allow_public and not site.secure:
-            print(f"Careful: answers and sessions travel unencrypted. {_PROXY}", flush=True)
-        # uvicorn ends its work and then raises Ctrl-C again: by then there is nothing left to interrupt.
-        with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(settings(app, behind_proxy=public_url is not None)).run(sockets=[listener])
+        server = _Server(settings(app, behind_proxy=public_url is not None))
+        with server.capture_signals():
+            print(f"Labeling page of {run_name}: {base_url} (Ctrl-C closes it)", flush=True)
+            if allow_public and not site.secure:
+                print(f"Careful: answers and sessions travel unencrypted. {_PROXY}", flush=True)
+            server.run(sockets=[listener])
     print("The labeling page is closed; every answer that it confirmed is in the store.", flush=True)
+
+
+class _Server(uvicorn.Server):
+    """Ends its work at a signal. uvicorn would then raise the signal again, for whoever handled it before.
+
+    By then there is nothing left to interrupt; and the command line's own handlers belong to runs, which go on later.
+    """
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals inside the block."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end; a second Ctrl-C does not wait for requests that are being answered."""
+        self.force_exit = self.force_exit or (self.should_exit and sig == signal.SIGINT)
+        self.should_exit = True
 
 
 def site_at(base_url: str, *, host: str, run_name: str) -> Site:
