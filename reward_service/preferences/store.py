@@ -251,7 +251,7 @@ class PreferenceStore:
             return assignment.num_takeable(connection, round=round, purpose=purpose)
 
     def close_open(self, *, round: int, purpose: Purpose) -> None:
-        """Hand the open tasks of a round out no more, because the run has gone on without them."""
+        """Hand the tasks of a round out no more, whatever is corrected later: the run has gone on without them."""
         with self._database.writing() as connection:
             assignment.close_open(connection, round=round, purpose=purpose)
 

@@ -177,6 +177,21 @@ def test_a_correction_and_an_undo_are_new_labels(store: PreferenceStore) -> None
     assert store.last_label("bob") is None
 
 
+def test_a_closed_task_stays_closed_whatever_is_corrected(store: PreferenceStore) -> None:
+    store.add_tasks([task(1), task(2, overlap=2), task(3), task(4, round=1)])
+    store.record_all([label("l1"), label("l2", of="t2")], now=20.0)
+    store.close_open(round=0, purpose="training")
+    # One that was done, one that lacked a judgement, and one that had none.
+    store.record(label("l3", says=SKIP, supersedes="l1"), now=21.0)
+    store.record(label("l4", of="t2", says=SKIP, supersedes="l2"), now=21.0)
+    assert store.next_task("bob", now=22.0, lease_s=1.0, round=0) is None
+    assert store.num_takeable(round=0) == 0
+    assert refusal(store, label("l5", of="t3", by="bob")) == "at_overlap"
+    progress = store.progress(round=0)
+    assert (progress.tasks, progress.done, progress.judgements) == (3, 3, 0)
+    assert leased(store, "bob", now=22.0) == "t4", "other rounds stay open"
+
+
 def test_an_invalid_label_does_not_bar_a_later_judgement(store: PreferenceStore) -> None:
     store.add_tasks([task(1)])
     store.record(label("l1", says=INVALID), now=20.0)
