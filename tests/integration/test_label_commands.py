@@ -2,16 +2,19 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from configs.load import dump, load
 from reward_service.preferences.store import PreferenceStore
+from tests.command_line import command
 from tests.integration.labeling_site import task
 
 
@@ -20,11 +23,15 @@ def run(tmp_path: Path) -> Path:
     """A run whose labels people give, with tasks that wait for them."""
     directory = tmp_path / "mine"
     directory.mkdir()
-    people = ["rounds.labeler={kind: people}", "rounds.evaluation.labeler={kind: people}"]
-    (directory / "config.yaml").write_text(dump(load("quickstart", [f"run.dir={tmp_path}", "run.name=mine", *people])))
+    configure(directory)
     with closing(stored(directory)) as store:
         store.add_tasks([task(1), task(2)])
     return directory
+
+
+def configure(run: Path, people: str = "{kind: people}") -> None:
+    labelers = [f"rounds.labeler={people}", f"rounds.evaluation.labeler={people}"]
+    (run / "config.yaml").write_text(dump(load("quickstart", [f"run.dir={run.parent}", "run.name=mine", *labelers])))
 
 
 def stored(run: Path) -> PreferenceStore:
@@ -55,3 +62,68 @@ def test_a_signal_closes_the_page_and_nothing_else(run: Path, number: signal.Sig
     assert server.returncode == 0
     assert rest.splitlines()[-1] == "The labeling page is closed; every answer that it confirmed is in the store."
     assert not re.search("checkpoint|Traceback", rest)
+
+
+def links_in(said: list[str]) -> dict[str, str]:
+    """Return name -> link, checking that each points at the page that was opened."""
+    page = re.findall(r"Labeling page of mine: (http://\S+)", said[-1])[0]
+    found = dict(re.findall(r"^link for (.+): (http://\S+)$", "".join(said), flags=re.MULTILINE))
+    assert all(link.startswith(f"{page}/join/") for link in found.values())
+    return found
+
+
+def test_links_open_the_page_and_a_second_invitation_renews_the_first(run: Path) -> None:
+    with serving(run, "--invite", "alex") as (_, said):
+        old = links_in(said)
+        assert list(old) == ["admin", "alex"]
+        assert [httpx.get(link).status_code for link in old.values()] == [303, 303]
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        host, start = "127.0.0.1", "http://127.0.0.1:"
+    else:
+        host, start = "::1", "http://[::1]:"
+    with serving(run, "--host", host, "--invite", "admin", "--invite", "Alex", "--invite", "bo") as (_, said):
+        new = links_in(said)
+        renewed = "renewed; the older one has stopped working"
+        assert list(new) == [f"admin ({renewed})", f"alex ({renewed})", "bo"]
+        page = said[-1].split()[4]
+        assert page.startswith(start)
+        assert [httpx.get(link).status_code for link in new.values()] == [303, 303, 303]
+        again = [httpx.get(f"{page}/join/{link.rsplit('/', 1)[1]}").status_code for link in old.values()]
+        assert again == [401, 401]
+    with closing(stored(run)) as store:
+        assert [(one.display_name, one.role) for one in store.labelers()] == [
+            ("admin", "admin"),
+            ("alex", "labeler"),
+            ("bo", "labeler"),
+        ]
+    stats = command("label", "stats", str(run))
+    assert re.search(r"alex +│ labeler +│ p-[0-9a-f]{12} +│ open", stats.out), stats.out
+
+
+def test_a_run_that_has_not_begun_has_no_page(run: Path) -> None:
+    (run / "preferences.db").unlink()
+    configure(run, "{kind: people, guidelines: no-such-file}")
+    ended = command("label", "serve", str(run), "--port", "0")
+    assert (ended.code, ended.out) == (2, "")
+    assert "no preference store" in ended.err
+    assert not (run / "preferences.db").exists()
+
+
+@pytest.mark.parametrize("reason", ["taken port", "public host", "address of a page", "missing guidelines"])
+def test_a_page_that_does_not_open_invites_nobody(run: Path, reason: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        options, says = {
+            "taken port": (["--port", str(taken.getsockname()[1])], "another port"),
+            "public host": (["--port", "0", "--host", "0.0.0.0"], "can be reached from other machines"),
+            "address of a page": (["--port", "0", "--public-url", "labels"], "is not the address of a page"),
+            "missing guidelines": (["--port", "0"], "no-such-file"),
+        }[reason]
+        if reason == "missing guidelines":
+            configure(run, "{kind: people, guidelines: no-such-file}")
+        ended = command("label", "serve", str(run), "--invite", "alex", *options)
+    assert (ended.code, ended.out) == (2, ""), ended
+    assert says in ended.err
+    with closing(stored(run)) as store:
+        assert store.labelers() == []
