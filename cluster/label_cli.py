@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,7 +98,9 @@ def import_labels(
     run: _RunDir,
     source: Annotated[Path, typer.Argument(help="The file to read.")],
     kind: _Format = "jsonl",
-    round: Annotated[int, typer.Option(help="The round they belong to.", min=0, max=1_000_000)] = 1,
+    round: Annotated[
+        int, typer.Option(help="The round they belong to, where the file names none.", min=0, max=1_000_000)
+    ] = 1,
 ) -> None:
     """Add labels from a file to RUN's store; those that are there already change nothing.
 
@@ -110,10 +112,9 @@ def import_labels(
 
     if not source.is_file():
         raise ConfigError(f"{source} is no file")
-    if (run / "rounds" / f"r{round:03d}" / "comparisons.jsonl").exists():
-        raise ConfigError(f"round {round} of {run} has learned from its comparisons already; give a later --round")
     report = ReadReport(source=str(source))
     tasks, labels = read_import(source, format=_format(kind, (*_FORMATS, "kwise")), round=round, report=report)
+    _check_rounds(run, source, {task.round for task in tasks})
     with _store(run) as store:
         try:
             new_tasks, new_labels = store.add_labeled(tasks, labels, now=time.time())
@@ -144,6 +145,21 @@ def _format(name: str, known: Sequence[str]) -> Any:
     if name not in known:
         raise ConfigError(f"--format {name} is not known; it is one of {', '.join(known)}")
     return name
+
+
+def _check_rounds(run: Path, source: Path, rounds: Iterable[int]) -> None:
+    """Refuse labels that nothing would learn from, since the round is over or never comes."""
+    from cluster.run_directory import RunDirectory
+
+    count, directory = _config(run).rounds.count, RunDirectory(run.absolute())
+    for number in sorted(rounds):
+        if directory.comparisons(number).exists():
+            why = f"round {number} of {run} has learned from its comparisons already"
+        elif number > count:
+            why = f"{run} has {count} rounds (rounds.count), and no round {number}"
+        else:
+            continue
+        raise ConfigError(f"{source}: nothing was added, because {why}; name a later round, in the file or by --round")
 
 
 def _for_people(run: Path, config: RunConfig) -> tuple[str, PeopleConfig]:

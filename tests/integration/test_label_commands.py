@@ -1,5 +1,6 @@
 """`rondo label` on a run directory: the page that it opens and closes, and what goes in and out."""
 
+import json
 import re
 import signal
 import socket
@@ -13,8 +14,10 @@ import httpx
 import pytest
 
 from configs.load import dump, load
+from reward_service.preferences.exchange import export
+from reward_service.preferences.records import Label, LabeledTask, Outcome
 from reward_service.preferences.store import PreferenceStore
-from tests.command_line import command
+from tests.command_line import assert_refused, command
 from tests.integration.labeling_site import task
 
 
@@ -127,3 +130,32 @@ def test_a_page_that_does_not_open_invites_nobody(run: Path, reason: str) -> Non
     assert says in ended.err
     with closing(stored(run)) as store:
         assert store.labelers() == []
+
+
+def test_labels_of_a_round_that_is_over_or_never_comes_are_refused(run: Path, tmp_path: Path) -> None:
+    (run / "rounds" / "r001").mkdir(parents=True)
+    (run / "rounds" / "r001" / "comparisons.jsonl").write_text("{}\n")
+    own, rows = tmp_path / "own.jsonl", tmp_path / "rows.jsonl"
+    for number, says in ((1, "round 1 of .* has learned from its comparisons already"), (3, "no round 3")):
+        judged = task(9, round=number)
+        label = Label(
+            label_id="l9",
+            task_id=judged.task_id,
+            labeler_id="alex",
+            labeler_kind="person",
+            presented=("c9-0", "c9-1"),
+            outcome=Outcome(verdict="preference", winner="c9-0"),
+        )
+        export([LabeledTask(task=judged, labels=(label,))], own, format="jsonl")
+        pair = {"chosen": "So.", "rejected": "Not."}
+        rows.write_text("".join(json.dumps(pair | {"prompt": f"Why {n}?", "round": n}) + "\n" for n in (2, number)))
+        for path, format in ((own, "jsonl"), (rows, "trl-preference")):
+            ended = command("label", "import", str(run), str(path), "--format", format, "--round", "2")
+            assert_refused(ended, str(path))
+            assert re.search(says, ended.err), ended.err
+        with closing(stored(run)) as store:
+            assert [(len(store.tasks()), store.labels())] == [(2, [])]
+    # The default round 1 is over, but every row names its own.
+    rows.write_text(json.dumps(pair | {"prompt": "Why?", "round": 2}) + "\n")
+    ended = command("label", "import", str(run), str(rows), "--format", "trl-preference")
+    assert (ended.code, "1 tasks and 1 labels are new" in ended.out) == (0, True), ended
