@@ -252,6 +252,7 @@ class RunStages:
         standstill = self._stands(state)
         if schedule.checkpoint_is_due(state, self.config):
             self._commit(standstill)
+        self.incidents.look()
         self.incidents.at(state)
         if STOPPING.asked:
             raise Stopped
@@ -303,6 +304,7 @@ class RunStages:
             self.crew.release()
         finally:
             self._committer.close(wait_s=_LAST_COMMIT_S)
+            self.incidents.look()
 
     def _stands(self, state: RunState) -> _Standstill:
         prompts = self._prompts.stream().state_dict()
