@@ -12,7 +12,7 @@ from protocol.incidents import Incident, write
 from reward_service.scoring import RewardError
 from reward_service.text_batch import batch_saved_on_failure
 from tests.command_line import assert_refused, command
-from tests.reward_server import batch
+from tests.reward_batches import batch
 
 HOSTILE = "\x1b]0;owned\x07 [bold]x[/bold] \u202egnp.exe \ud800 \x9b31m"
 
