@@ -41,7 +41,8 @@ _LOG = logging.getLogger(__name__)
 _AGAIN_S = 30.0
 """Between two attempts at a checkpoint that the run cannot do without."""
 _LAST_COMMIT_S = 20.0
-"""For a commit that is under way when the run ends for another reason; less than the grace that a signal leaves."""
+"""For a commit that is under way when the run ends for another reason; less than the grace that a signal
+leaves by default (`cluster.deadlines.grace_s`), which ends the process whatever is under way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
