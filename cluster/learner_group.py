@@ -129,6 +129,10 @@ class LearnerGroup:
         """Have every rank restore its part of the state."""
         self._on(self._ranks, "checkpoint", "load", directory)
 
+    def carry_over(self, directory: Path) -> None:
+        """Have every rank restore of an earlier round's state what outlives a round."""
+        self._on(self._ranks, "checkpoint", "carry_over", directory)
+
     def export(self, directory: Path, *, card: dict[str, Any]) -> None:
         """Write the policy as a plain Hugging Face directory."""
         self._on(self._ranks, "checkpoint", "export", directory, card=card)

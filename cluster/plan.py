@@ -14,7 +14,7 @@ def batch_arithmetic(config: RunConfig) -> dict[str, int]:
     rollout, algorithm, learner = config.rollout, config.algorithm, config.learner
     responses = rollout.responses_per_iteration
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-    minibatches = responses // algorithm.minibatch_responses
+    minibatches = config.minibatches_per_epoch
     iterations = sum(config.rounds.of(number).iterations for number in range(1, config.rounds.count + 1))
     return {
         "prompts an iteration": rollout.prompts_per_iteration,

@@ -318,7 +318,7 @@ class RunStages:
             self._sinks = None
 
     def _start_learning(self, state: RunState) -> PromptStream:
-        """Build the learner's engines for this round, and load the checkpoint if it is of this round."""
+        """Build the learner's engines for this round, and load the checkpoint: of an earlier round what outlives it."""
         plan = self.config.rounds.of(state.round)
         start = schedule.named_version(plan.init_policy, state)
         scored = None if state.reward_version is None else self.directory.reward_model(state.reward_version)
@@ -331,6 +331,8 @@ class RunStages:
             stream.load_state_dict(latest.driver["prompts"])
             if latest.driver["state"]["round"] == state.round:
                 self.crew.learner.load(latest.directory / "learner")
+            else:
+                self.crew.learner.carry_over(latest.directory / "learner")
         return stream
 
     def _standing(self, state: RunState) -> list[dict[str, float]]:

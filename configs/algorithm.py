@@ -1,10 +1,11 @@
 """How the policy is updated: one class per algorithm, chosen by `algorithm.name`."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
 from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from configs.rollout import RolloutConfig
 
 AdvantageNorm = Literal["none", "batch_std_only", "whiten"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -53,12 +54,34 @@ class CorrectionConfig(Section):
 
 
 class AlgorithmBase(Section):
-    """What all policy-gradient algorithms have in common."""
+    """What all algorithms have in common."""
+
+    responses_together: ClassVar[int] = 1
+    """Responses that one term of the loss needs at once, in one micro-batch."""
 
     minibatch_responses: PositiveInt = 64
     """Responses in one optimiser step, over all ranks."""
     num_epochs: PositiveInt = 1
     """Passes over the responses of an iteration, reshuffled each time."""
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained."""
+        return False
+
+    @property
+    def warmup_iterations(self) -> int:
+        """Iterations at the start in which the policy is left as it is."""
+        return 0
+
+    def learned_responses(self, rollout: RolloutConfig) -> int:
+        """Count the responses that an iteration learns from, at most."""
+        return rollout.responses_per_iteration
+
+
+class PolicyGradientBase(AlgorithmBase):
+    """What the algorithms have in common that weigh each token by an advantage."""
+
     advantage: Literal["gae", "rloo", "grpo", "reinforce"] = "gae"
     """What a token's advantage is. `gae`: by a critic. The others need none, and none is built: the response's reward
     minus the mean over the prompt's other responses (`rloo`), over the batch (`reinforce`), or over the prompt's
@@ -108,7 +131,7 @@ class AlgorithmBase(Section):
         return self
 
 
-class PenalizedBase(AlgorithmBase):
+class PenalizedBase(PolicyGradientBase):
     """What the algorithms have in common that are held to the reference by a penalty of their own."""
 
     kl_beta: NonNegativeFloat = 0.05
@@ -158,7 +181,7 @@ class PPOConfig(PenalizedBase):
     """Pretraining texts in one optimiser step, over all ranks."""
 
 
-class APAConfig(AlgorithmBase):
+class APAConfig(PolicyGradientBase):
     """Advantage-induced policy alignment: squared error between log-probs and the advantage-tilted reference."""
 
     name: Literal["apa"] = "apa"
@@ -195,4 +218,95 @@ class A2CConfig(PenalizedBase):
     adv_norm: AdvantageNorm = "whiten"
 
 
-AlgorithmConfig = Annotated[PPOConfig | APAConfig | AWRConfig | A2CConfig, Field(discriminator="name")]
+_OF_THE_KL = ("kl_beta", "kl_controller", "kl_in", "kl_estimator")
+_WITHOUT_ADVANTAGES = dict.fromkeys(
+    ("advantage", "gamma", "gae_lambda", "truncated_value", "critic_warmup_iterations", "adv_norm", "value_clip"),
+    "it compares a prompt's responses by their scores, so that there are no advantages and no critic",
+) | dict.fromkeys(
+    ("correction", "clip_low", "clip_high", "dual_clip", "max_approx_kl"),
+    "it learns whole responses, without a ratio to the policy that sampled them",
+)
+"""Key of policy gradients -> why a method without advantages has none."""
+
+
+class SelectionBase(AlgorithmBase):
+    """What the algorithms have in common that choose among the responses to a prompt, and need no advantages."""
+
+    no_kl: ClassVar[str]
+    """Why the algorithm has no KL penalty and no controller of one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_keys_of_policy_gradients(cls, values: Any) -> Any:
+        """Say why a key of policy gradients means nothing here, which "unknown key" would not."""
+        given = cast(dict[str, Any], values) if isinstance(values, dict) else {}
+        reasons = _WITHOUT_ADVANTAGES | dict.fromkeys(_OF_THE_KL, cls.no_kl)
+        for key in given:
+            if key in reasons:
+                raise ValueError(f"{key} has no meaning for this algorithm: {reasons[key]}")
+        return cast(object, values)
+
+
+class DPOConfig(SelectionBase):
+    """Direct preference optimisation, online: the best of a prompt's responses against the worst, by score."""
+
+    responses_together: ClassVar[int] = 2
+    no_kl: ClassVar[str] = (
+        "its loss holds the policy to the reference by itself, and dpo_beta is the coefficient of that KL"
+    )
+
+    name: Literal["dpo"] = "dpo"
+    dpo_beta: PositiveFloat = 0.1
+    """The KL coefficient, in units of the implicit reward per nat."""
+    kind: Literal["dpo", "cdpo", "robust", "ipo"] = "dpo"
+    """`cdpo` and `robust` know that a score may prefer the wrong response, with `flip_probability`; `ipo` aims at a
+    margin of 1 / (2 dpo_beta) nats and no further."""
+    flip_probability: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Of `cdpo` and `robust`."""
+
+    def learned_responses(self, rollout: RolloutConfig) -> int:
+        """Count two responses of each prompt; a prompt whose responses all tie gives none."""
+        return 2 * rollout.prompts_per_iteration
+
+    @model_validator(mode="after")
+    def _pairs_stay_together(self) -> Self:
+        if self.minibatch_responses % 2:
+            raise ValueError(
+                f"minibatch_responses = {self.minibatch_responses} is odd, and a pair counts two: use an even number"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _flips_are_used(self) -> Self:
+        takes_flips = self.kind in ("cdpo", "robust")
+        if takes_flips and self.flip_probability == 0:
+            raise ValueError(f"kind = {self.kind} without a flip_probability is kind = dpo: set one above 0")
+        if not takes_flips and self.flip_probability > 0:
+            raise ValueError(
+                f"flip_probability = {self.flip_probability:g} is not read by kind = {self.kind}: use cdpo or robust"
+            )
+        return self
+
+
+class RFTConfig(SelectionBase):
+    """Rejection-sampling fine-tuning: imitate the best of each prompt's responses, and those chosen before."""
+
+    no_kl: ClassVar[str] = (
+        "it imitates its best samples, and how far an iteration goes is up to learning rate and num_epochs"
+    )
+
+    name: Literal["rft"] = "rft"
+    kept_per_prompt: PositiveInt = 1
+    """The best so many responses to each prompt are learned, and remembered for later iterations and rounds."""
+    memory_responses: NonNegativeInt = 64
+    """Remembered responses that each iteration learns once more, chosen at random; fewer while there are not as many.
+    0 forgets: policies trained on their newest samples alone have lost what they could do before."""
+
+    def learned_responses(self, rollout: RolloutConfig) -> int:
+        """Count the chosen responses and the remembered ones."""
+        return self.kept_per_prompt * rollout.prompts_per_iteration + self.memory_responses
+
+
+PolicyGradientConfig = PPOConfig | APAConfig | AWRConfig | A2CConfig
+SelectionConfig = DPOConfig | RFTConfig
+AlgorithmConfig = Annotated[PolicyGradientConfig | SelectionConfig, Field(discriminator="name")]

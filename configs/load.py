@@ -232,7 +232,8 @@ def _without_common_start(left: str, right: str) -> tuple[str, str]:
 
 def _tag(model: type[BaseModel]) -> object:
     """The value by which a member of a tagged union is chosen."""
-    return next((model.model_fields[name].default for name in ("kind", "name") if name in model.model_fields), None)
+    fields = [model.model_fields[name] for name in ("kind", "name") if name in model.model_fields]
+    return next((field.default for field in fields if len(get_args(field.annotation)) == 1), None)
 
 
 def _models_in(annotation: object) -> list[type[BaseModel]]:

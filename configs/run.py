@@ -5,7 +5,14 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from configs import addresses
-from configs.algorithm import AlgorithmConfig, PenalizedBase, PPOConfig
+from configs.algorithm import (
+    AlgorithmConfig,
+    PenalizedBase,
+    PolicyGradientBase,
+    PPOConfig,
+    RFTConfig,
+    SelectionBase,
+)
 from configs.base import Location, NonNegativeInt, Section
 from configs.cluster import ClusterConfig
 from configs.data import DataConfig
@@ -46,21 +53,37 @@ class RunConfig(Section):
         """Whether the run trains reward models of its own."""
         return any(isinstance(r, ModelRewardConfig) and r.path == "trained" for r in self.scoring.rewards)
 
+    @property
+    def minibatches_per_epoch(self) -> int:
+        """Optimiser steps in one pass over an iteration's responses, at most."""
+        return -(-self.algorithm.learned_responses(self.rollout) // self.algorithm.minibatch_responses)
+
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
         responses = self.rollout.responses_per_iteration
-        minibatch = self.algorithm.minibatch_responses
-        if responses % minibatch:
+        minibatch, together = self.algorithm.minibatch_responses, self.algorithm.responses_together
+        if isinstance(self.algorithm, PolicyGradientBase) and responses % minibatch:
             raise ValueError(
                 f"rollout.prompts_per_iteration x rollout.samples_per_prompt = {responses} responses an iteration do "
                 f"not divide into minibatches of algorithm.minibatch_responses = {minibatch}"
             )
-        if minibatch < self.learner.workers:
+        learned = self.algorithm.learned_responses(self.rollout)
+        if minibatch > learned:
             raise ValueError(
-                f"algorithm.minibatch_responses = {minibatch} is less than learner.workers = {self.learner.workers}: "
-                "some ranks would have nothing to do"
+                f"algorithm.minibatch_responses = {minibatch} is more than the {learned} responses that an iteration "
+                f"of {self.algorithm.name} learns from"
+            )
+        if minibatch // together < self.learner.workers:
+            raise ValueError(
+                f"algorithm.minibatch_responses = {minibatch}{' (two to a pair)' * (together > 1)} is less than "
+                f"learner.workers = {self.learner.workers} can share: some ranks would have nothing to do"
             )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
+        if self.learner.micro_batch_tokens < together * longest and together > 1:
+            raise ValueError(
+                f"learner.micro_batch_tokens = {self.learner.micro_batch_tokens} cannot hold one pair, twice "
+                f"rollout.max_prompt_tokens + rollout.max_response_tokens = {longest} tokens"
+            )
         for name, budget in (
             ("learner.micro_batch_tokens", self.learner.micro_batch_tokens),
             ("scoring.micro_batch_tokens", self.scoring.micro_batch_tokens),
@@ -84,11 +107,21 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _prompts_have_siblings(self) -> Self:
-        estimator, samples = self.algorithm.advantage, self.rollout.samples_per_prompt
-        if estimator in ("rloo", "grpo") and samples < 2:
+        algorithm, samples = self.algorithm, self.rollout.samples_per_prompt
+        compares = None
+        if isinstance(algorithm, SelectionBase):
+            compares = f"algorithm.name = {algorithm.name}"
+        elif algorithm.advantage in ("rloo", "grpo"):
+            compares = f"algorithm.advantage = {algorithm.advantage}"
+        if compares is not None and samples < 2:
             raise ValueError(
-                f"algorithm.advantage = {estimator} compares the responses to one prompt with each other, and "
+                f"{compares} compares the responses to one prompt with each other, and "
                 f"rollout.samples_per_prompt = {samples}: sample at least two"
+            )
+        if isinstance(algorithm, RFTConfig) and algorithm.kept_per_prompt >= samples:
+            raise ValueError(
+                f"algorithm.kept_per_prompt = {algorithm.kept_per_prompt} of rollout.samples_per_prompt = {samples} "
+                "responses would keep all of them, the worst too: sample more or keep fewer"
             )
         return self
 

@@ -202,6 +202,11 @@ def minibatches(num: int, *, size: int, seed: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, num, size)]
 
 
+def shuffle_seed(*parts: int) -> int:
+    """Derive the seed of one shuffle from the run's seed and where the run stands."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
 def _ragged(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Number the elements of a ragged array: which row each is in, and its place there."""
     row = np.repeat(np.arange(len(counts)), counts)

@@ -1,5 +1,6 @@
 """The learner's part of a checkpoint: DeepSpeed's shards of each engine, and everything else as JSON.
 
+What was chosen to be learned again lies beside it (learner/sample_memory.py).
 The shards are pickles. They are loaded only after the caller has verified their hashes.
 """
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.algorithm import AlgorithmConfig, APAConfig, AWRConfig
+from configs.algorithm import APAConfig, AWRConfig, PolicyGradientConfig
 from learner.batch import Layout, MicroBatch, TokenSequence, collate, plan
 from learner.ops import advantages as advantage_ops
 from learner.ops import kl, off_policy
@@ -259,7 +259,9 @@ def evaluate(
     return Opinions(old_logprobs=old_logprobs, entropies=entropies, values=values, final_values=final_values)
 
 
-def estimate(responses: ResponseBatch, opinions: Opinions, *, algorithm: AlgorithmConfig, kl_beta: float) -> TrainBatch:
+def estimate(
+    responses: ResponseBatch, opinions: Opinions, *, algorithm: PolicyGradientConfig, kl_beta: float
+) -> TrainBatch:
     """Compute rewards, advantages and returns.
 
     Args:
@@ -302,7 +304,7 @@ def estimate(responses: ResponseBatch, opinions: Opinions, *, algorithm: Algorit
 
 
 def _advantages(
-    responses: ResponseBatch, opinions: Opinions, rewards: Tensor, *, algorithm: AlgorithmConfig
+    responses: ResponseBatch, opinions: Opinions, rewards: Tensor, *, algorithm: PolicyGradientConfig
 ) -> tuple[Tensor, ValueTargets | None]:
     """Estimate advantages [B, T], and returns where there is a critic to learn them."""
     if algorithm.advantage != "gae":
@@ -327,7 +329,7 @@ def _advantages(
     return advantages, ValueTargets(old_values=opinions.values, returns=returns[responses.mask])
 
 
-def _corrections(responses: ResponseBatch, old_logprobs: Tensor, *, algorithm: AlgorithmConfig) -> Tensor:
+def _corrections(responses: ResponseBatch, old_logprobs: Tensor, *, algorithm: PolicyGradientConfig) -> Tensor:
     """Compute what each token's loss is multiplied by: flat [N]."""
     corrections = off_policy.importance_weights(
         old_logprobs,

@@ -2,22 +2,24 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from configs.algorithm import PolicyGradientBase, SelectionBase
 from configs.models import ModelsConfig
 from configs.run import RunConfig
 from configs.scoring import ModelRewardConfig
 from learner import checkpoint, records, reward_modelling, supervised, weight_sender
+from learner.assembly import Group, assemble
 from learner.comparisons import RewardModelJob
 from learner.engine import DeepSpeedEngine
 from learner.experience import PassSettings
 from learner.export import export_policy, padding_id
 from learner.models import ScalarModel, load_critic, load_policy, load_scalar, scalar_from_policy
 from learner.pretraining import load_texts
+from learner.selection_update import SelectionSettings, SelectionUpdater
 from learner.stored_policy import StoredPolicy
 from learner.supervised_loop import StageContext, context_tokens, layout_of
 from learner.training import RankContext
@@ -30,19 +32,15 @@ from protocol.errors import BatchRefusedError, NonFiniteError
 from protocol.incidents import Incident
 from protocol.messages import (
     IntArray,
-    ReferenceLogprobs,
-    RewardScores,
-    Rollout,
     RolloutKey,
     SampleText,
     ScoredBatch,
-    ScoredRollout,
     UpdateReport,
 )
 from protocol.tokens import decode, load_tokenizer
 from protocol.weights import ByteArray, TensorSlot, WeightManifest
 
-Group = tuple[Sequence[Rollout], RewardScores, ReferenceLogprobs]
+AnyUpdater = Updater | SelectionUpdater
 
 
 class Rank:
@@ -63,7 +61,7 @@ class Rank:
         self._standing: int | None = None
         self._config = config
         self._incidents = run_directory / "incidents"
-        self._updater: Updater | None = None
+        self._updater: AnyUpdater | None = None
         self._tokenizer: Any = None
         self._batch: ScoredBatch | None = None
         self._kl_nats: Mapping[RolloutKey, float] = {}
@@ -98,8 +96,7 @@ class Rank:
         learner, algorithm = config.learner, config.algorithm
         network = load_policy(policy, precision=learner.precision)
         self._tokenizer = load_tokenizer(policy)
-        minibatches = config.rollout.responses_per_iteration // algorithm.minibatch_responses
-        steps = minibatches * algorithm.num_epochs
+        steps = config.minibatches_per_epoch * algorithm.num_epochs
         policy_iterations = max(1, iterations - algorithm.warmup_iterations)
         make = partial(DeepSpeedEngine, settings=learner, context=self.context)
         critic = None
@@ -111,6 +108,17 @@ class Rank:
         policy_engine = make(
             network, optimizer=learner.policy_optimizer, name="policy", total_steps=steps * policy_iterations
         )
+        passes = PassSettings(
+            temperature=config.rollout.temperature,
+            token_budget=learner.micro_batch_tokens,
+            layout=layout,
+            pad_id=padding_id(self._tokenizer),
+        )
+        guards = None if config.rollout.truncates_distribution else learner.guards
+        if isinstance(algorithm, SelectionBase):
+            choice = SelectionSettings(algorithm=algorithm, passes=passes, run_seed=config.run.seed, guards=guards)
+            self._updater = SelectionUpdater(policy=policy_engine, settings=choice)
+            return
         texts = []
         if config.data.pretraining is not None:
             texts = load_texts(config, self._tokenizer, longest=longest, engine=policy_engine)
@@ -120,15 +128,10 @@ class Rank:
             texts=texts,
             settings=UpdateSettings(
                 algorithm=algorithm,
-                passes=PassSettings(
-                    temperature=config.rollout.temperature,
-                    token_budget=learner.micro_batch_tokens,
-                    layout=layout,
-                    pad_id=padding_id(self._tokenizer),
-                ),
+                passes=passes,
                 max_response_tokens=config.rollout.max_response_tokens,
                 run_seed=config.run.seed,
-                guards=None if config.rollout.truncates_distribution else learner.guards,
+                guards=guards,
             ),
         )
 
@@ -167,12 +170,8 @@ class Rank:
         if report.num_skipped_steps:
             what = f"the loss or gradient of {report.num_skipped_steps} steps was not finite"
             self._keep(batch, "nonfinite", what, action="these steps were skipped")
-        mismatch = found_mismatch(
-            batch, k3=report.metrics.get(names.SYNC_K3_LAG0, 0.0), bound=self._config.algorithm.correction.alarm_k3
-        )
-        if mismatch is not None and self.context.rank == 0:
-            name = f"mismatch-r{batch.round:03d}-i{batch.iteration:06d}"
-            incidents.write(self._incidents, mismatch, name=name)
+        if isinstance(self._config.algorithm, PolicyGradientBase):
+            self._watch(batch, report, alarm_k3=self._config.algorithm.correction.alarm_k3)
         return report
 
     def publish(self, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
@@ -247,6 +246,8 @@ class Rank:
             zero_stage=self._config.learner.zero_stage,
         )
         checkpoint.save(directory, engines=updater.engines, state=state)
+        if updater.memory is not None and self.context.rank == 0:
+            updater.memory.write(directory)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote; the files must have been verified."""
@@ -256,10 +257,23 @@ class Rank:
         self.policy_version = state.policy_version
         if updater.controller is not None and state.kl_controller is not None:
             updater.controller.load_state_dict(state.kl_controller)
+        self.carry_over(directory)
+
+    def carry_over(self, directory: Path) -> None:
+        """Restore of what `save` wrote that which outlives a round; the files must have been verified."""
+        updater = self._running()
+        if updater.memory is not None:
+            updater.memory.read(directory)
 
     def export(self, directory: Path, *, card: Mapping[str, Any]) -> None:
         """Write the policy as a plain Hugging Face directory."""
         export_policy(self._running().policy, self._tokenizer, directory, card=card)
+
+    def _watch(self, batch: ScoredBatch, report: UpdateReport, *, alarm_k3: float) -> None:
+        """Report an engine and a learner that hold one version and are not the same policy."""
+        mismatch = found_mismatch(batch, k3=report.metrics.get(names.SYNC_K3_LAG0, 0.0), bound=alarm_k3)
+        if mismatch is not None and self.context.rank == 0:
+            incidents.write(self._incidents, mismatch, name=f"mismatch-r{batch.round:03d}-i{batch.iteration:06d}")
 
     @property
     def _bucket_bytes(self) -> int:
@@ -275,7 +289,7 @@ class Rank:
             self._running().policy, bucket_bytes=self._bucket_bytes, dtype=self._config.rollout.dtype
         )
 
-    def _running(self) -> Updater:
+    def _running(self) -> AnyUpdater:
         if self._updater is None:
             raise RuntimeError("start_rl comes first")
         return self._updater
@@ -357,40 +371,3 @@ def make_critic(config: RunConfig, *, policy: Path, reward_model: Path | None) -
         named = next(reward for reward in config.scoring.rewards if isinstance(reward, ModelRewardConfig))
         return load_critic(named.path, precision=precision)
     return load_critic(reward_model, precision=precision)
-
-
-def assemble(groups: Sequence[Group], *, round: int, iteration: int, policy_version: int) -> ScoredBatch:
-    """Join rollouts with their scores and reference log-probs.
-
-    Args:
-        groups: Every rollout in one of them.
-        round: Which round.
-        iteration: Which iteration of it.
-        policy_version: The version that the learner published last.
-
-    Returns:
-        The batch, in key order.
-
-    Raises:
-        ValueError: If the keys of a group do not match, or a key comes twice.
-    """
-    scored: list[ScoredRollout] = []
-    for rollouts, rewards, reference in groups:
-        keys = tuple(rollout.key for rollout in rollouts)
-        if not keys == rewards.keys == reference.keys:
-            raise ValueError(f"rollouts, scores and reference log-probs have different keys in the group of {keys[0]}")
-        for place, rollout in enumerate(rollouts):
-            scored.append(
-                ScoredRollout(
-                    rollout=rollout,
-                    score=float(rewards.scores[place]),
-                    components={name: float(values[place]) for name, values in rewards.components.items()},
-                    ref_logprobs=reference.logprobs[place],
-                )
-            )
-    # Sorted here, so that what is learned does not depend on how the groups were formed.
-    scored.sort(key=lambda item: item.rollout.key)
-    for first, second in pairwise(scored):
-        if first.rollout.key == second.rollout.key:
-            raise ValueError(f"rollout {first.rollout.key} comes twice in a batch")
-    return ScoredBatch(round=round, iteration=iteration, policy_version=policy_version, rollouts=tuple(scored))

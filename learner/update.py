@@ -7,13 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from configs.algorithm import AlgorithmConfig, PenalizedBase, PPOConfig
+from configs.algorithm import PenalizedBase, PolicyGradientConfig, PPOConfig
 from configs.learner import BatchGuardsConfig
-from learner.batch import TokenSequence, minibatches
+from learner.batch import TokenSequence, minibatches, shuffle_seed
 from learner.experience import PassSettings, TrainBatch, estimate, evaluate, flatten, passes
 from learner.ops import kl
 from learner.ops.aggregate import token_weights
@@ -30,7 +29,7 @@ from protocol.messages import ScoredBatch, UpdateReport
 class UpdateSettings:
     """Everything that an update depends on besides the batch."""
 
-    algorithm: AlgorithmConfig
+    algorithm: PolicyGradientConfig
     passes: PassSettings
     max_response_tokens: int
     run_seed: int
@@ -39,7 +38,7 @@ class UpdateSettings:
 
 
 class Updater:
-    """Learns from scored batches with a policy engine and, where the advantages need one, a critic engine.
+    """Learns from scored batches by a policy gradient, with a policy engine and, where that needs one, a critic engine.
 
     Args:
         policy: Over a PolicyModel.
@@ -66,6 +65,8 @@ class Updater:
         self.critic = critic
         self.settings = settings
         self.texts = texts
+        self.memory = None
+        """Policy gradients learn from the newest batch alone."""
         self.computed: Mapping[str, list[Tensor]] = {}
         """What has been computed from the last batch: name -> one vector a response; for whoever keeps that batch."""
         # APA's KL is in its own loss, so no coefficient is steered.
@@ -119,7 +120,9 @@ class Updater:
         if train.value_targets is not None:
             self.computed |= {"returns": responses.split(train.value_targets.returns)}
         metrics = batch_metrics(train, algorithm=algorithm, kl_beta=beta) | gaps
-        metrics |= mismatch_metrics(train, algorithm=algorithm, policy_version=batch.policy_version)
+        metrics |= mismatch_metrics(
+            responses, opinions.old_logprobs, correction=algorithm.correction, policy_version=batch.policy_version
+        )
         if self.controller is not None:
             self.controller.update(train.kl)
 
@@ -131,7 +134,7 @@ class Updater:
         rehearsal = self._rehearsal(batch) if trains_policy else None
         is_far_enough = False
         for epoch in range(algorithm.num_epochs):
-            seed = _seed(self.settings.run_seed, batch.round, batch.iteration, epoch)
+            seed = shuffle_seed(self.settings.run_seed, batch.round, batch.iteration, epoch)
             for indices in minibatches(len(responses.keys), size=algorithm.minibatch_responses, seed=seed):
                 if rehearsal is not None and not rehearsal.log.num_steps:
                     metrics |= self._gradient_ratio(train, indices, kl_beta=beta, probe=self._rehearsal(batch))
@@ -201,7 +204,7 @@ class Updater:
             settings=self.settings.passes,
             coefficient=algorithm.ptx_coefficient,
             size=algorithm.ptx_texts,
-            seed=_seed(self.settings.run_seed, batch.round, batch.iteration, algorithm.num_epochs),
+            seed=shuffle_seed(self.settings.run_seed, batch.round, batch.iteration, algorithm.num_epochs),
         )
 
     def _gradient_ratio(
@@ -224,8 +227,3 @@ class Updater:
             mask, mode=self.settings.algorithm.aggregation, constant=self.settings.max_response_tokens
         )
         return weights[train.responses.mask]
-
-
-def _seed(*parts: int) -> int:
-    """Derive a seed for one shuffle."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])

@@ -1,9 +1,10 @@
 """The metrics of one update, by the names that every consumer knows."""
 
 import torch
+from torch import Tensor
 
-from configs.algorithm import AlgorithmConfig, APAConfig
-from learner.experience import TrainBatch
+from configs.algorithm import APAConfig, CorrectionConfig, PolicyGradientConfig
+from learner.experience import Opinions, ResponseBatch, TrainBatch
 from learner.ops import off_policy
 from learner.ops.value import explained_variance
 from learner.step_log import StepLog
@@ -19,6 +20,16 @@ _POLICY = {
     names.POLICY_WEIGHT_CLIP: "weight_clip_fraction",
     names.POLICY_KL_PENALTY: "kl_penalty",
 }
+_SELECTION = {
+    names.POLICY_LOSS: "loss",
+    names.POLICY_GRAD_NORM: "grad_norm",
+    names.DPO_ACCURACY: "accuracy",
+    names.DPO_CHOSEN: "chosen_logprobs_mean",
+    names.DPO_REJECTED: "rejected_logprobs_mean",
+    names.DPO_CHOSEN_RATIO: "chosen_log_ratio",
+    names.DPO_REJECTED_RATIO: "rejected_log_ratio",
+    names.RFT_NLL: "nll",
+}
 _VALUE = {
     names.VALUE_LOSS: "loss",
     names.VALUE_GRAD_NORM: "grad_norm",
@@ -26,7 +37,22 @@ _VALUE = {
 }
 
 
-def batch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, kl_beta: float) -> dict[str, float]:
+def sampling_metrics(responses: ResponseBatch, opinions: Opinions, *, kl_nats: float) -> dict[str, float]:
+    """Describe what was sampled, whatever is learned from it.
+
+    Args:
+        responses: The batch.
+        opinions: Of the policy before the first step.
+        kl_nats: The mean over responses of the k1 estimate.
+
+    Returns:
+        Metric name -> number.
+    """
+    means = torch.stack([responses.scores.double().mean(), opinions.entropies.double().mean()]).tolist()
+    return {names.OBJECTIVE_SCORE: means[0], names.OBJECTIVE_KL: kl_nats, names.POLICY_ENTROPY: means[1]}
+
+
+def batch_metrics(train: TrainBatch, *, algorithm: PolicyGradientConfig, kl_beta: float) -> dict[str, float]:
     """Describe a batch before the first step.
 
     Args:
@@ -37,20 +63,10 @@ def batch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, kl_beta: flo
     Returns:
         Metric name -> number.
     """
-    responses, opinions = train.responses, train.opinions
-    numbers = torch.stack(
-        [
-            responses.scores.double().mean(),
-            train.rewards.double().mean(),
-            opinions.entropies.double().mean(),
-        ]
-    ).tolist()
-    metrics = {
-        names.OBJECTIVE_SCORE: numbers[0],
-        names.OBJECTIVE_REWARD: numbers[1],
-        names.OBJECTIVE_KL: train.kl.nats,
+    metrics = sampling_metrics(train.responses, train.opinions, kl_nats=train.kl.nats)
+    metrics |= {
+        names.OBJECTIVE_REWARD: train.rewards.double().mean().item(),
         names.OBJECTIVE_KL_BETA: kl_beta,
-        names.POLICY_ENTROPY: numbers[2],
         names.POLICY_ADVANTAGE_STD: train.advantage_std,
     }
     if train.value_targets is not None:
@@ -64,23 +80,25 @@ def batch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, kl_beta: flo
     return metrics
 
 
-def mismatch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, policy_version: int) -> dict[str, float]:
+def mismatch_metrics(
+    responses: ResponseBatch, old: Tensor, *, correction: CorrectionConfig | None, policy_version: int
+) -> dict[str, float]:
     """Describe how far the policy that sampled a batch is from the one that learns.
 
     Args:
-        train: The batch.
-        algorithm: Its settings.
+        responses: The batch.
+        old: [N] the log-probs of the policy that learns, before the first step.
+        correction: What the loss makes of it; None where it has no ratio to correct.
         policy_version: The version that learns.
 
     Returns:
         Metric name -> number.
     """
-    responses, old = train.responses, train.opinions.old_logprobs
     everywhere = torch.ones_like(responses.on_policy)
-    weights, settings = None, algorithm.correction
-    if settings.weight != "none":
+    weights = None
+    if correction is not None and correction.weight != "none":
         padded = (responses.padded(old), responses.padded(responses.behavior_logprobs))
-        weights = off_policy.importance_weights(*padded, mask=responses.mask, settings=settings)[responses.mask]
+        weights = off_policy.importance_weights(*padded, mask=responses.mask, settings=correction)[responses.mask]
     found = off_policy.mismatch(old, responses.behavior_logprobs, mask=everywhere, weights=weights)
     metrics = {names.SYNC_K3: float(found["k3_mean"])}
     if weights is not None:
@@ -114,4 +132,25 @@ def step_metrics(policy_log: StepLog, critic_log: StepLog | None) -> dict[str, f
         metrics |= {metric: critic.mean(name) for metric, name in _VALUE.items()}
         metrics[names.VALUE_LR] = critic.last_learning_rate
         metrics[names.VALUE_SKIPPED_STEPS] = float(critic_log.num_skipped)
+    return {name: number for name, number in metrics.items() if number is not None}
+
+
+def selection_metrics(log: StepLog) -> dict[str, float]:
+    """Describe the steps of an update that learned whole responses; a reduction over ranks.
+
+    Args:
+        log: The policy's steps; there may be none.
+
+    Returns:
+        Metric name -> number; what no step knows is left out.
+    """
+    metrics: dict[str, float | None] = {names.POLICY_SKIPPED_STEPS: float(log.num_skipped)}
+    summary = log.reduce()
+    if summary is not None:
+        metrics |= {metric: summary.mean(name) for metric, name in _SELECTION.items()}
+        metrics[names.POLICY_LR] = summary.last_learning_rate
+        chosen, rejected = summary.mean("chosen_log_ratio"), summary.mean("rejected_log_ratio")
+        if chosen is not None and rejected is not None:
+            metrics[names.DPO_MARGIN] = chosen - rejected
+            metrics[names.POLICY_FIRST_RATIO_GAP] = summary.first_watched_max
     return {name: number for name, number in metrics.items() if number is not None}

@@ -2,7 +2,15 @@
 
 from torch import Tensor
 
-from configs.algorithm import A2CConfig, AlgorithmConfig, APAConfig, AWRConfig, KLEstimator, PenalizedBase, PPOConfig
+from configs.algorithm import (
+    A2CConfig,
+    APAConfig,
+    AWRConfig,
+    KLEstimator,
+    PenalizedBase,
+    PolicyGradientConfig,
+    PPOConfig,
+)
 from learner.batch import MicroBatch
 from learner.experience import TrainBatch, ValueTargets
 from learner.ops import a2c, apa, awr, kl, ppo, value
@@ -27,7 +35,7 @@ class PolicySteps:
         engine: TrainingEngine,
         train: TrainBatch,
         *,
-        algorithm: AlgorithmConfig,
+        algorithm: PolicyGradientConfig,
         temperature: float,
         kl_beta: float,
     ) -> None:

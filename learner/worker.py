@@ -210,6 +210,11 @@ class LearnerRank:
         with self._does("load") as rank:
             rank.load(directory)
 
+    def carry_over(self, directory: Path) -> None:
+        """Restore what outlives a round; the files must have been verified."""
+        with self._does("load") as rank:
+            rank.carry_over(directory)
+
     def export(self, directory: Path, *, card: dict[str, Any]) -> None:
         """Write the policy as a plain Hugging Face directory."""
         with self._does("export") as rank:

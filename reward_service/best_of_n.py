@@ -1,17 +1,13 @@
 """Best of n: sample n responses, keep the one that the reward model scores highest. Pure numpy.
 
-The selection of rejection sampling, and the oldest optimiser against a reward model: its distance from the sampling
-policy has a formula, and what it earns at every n can be estimated from one pool of samples.
+The oldest optimiser against a reward model: its distance from the sampling policy has a formula, and what it earns at
+every n can be estimated from one pool of samples. Learning from the choice is learner/selection.py's.
 """
 
-import hashlib
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-from protocol.messages import ScoredRollout
 
 Floats = NDArray[np.float64]
 
@@ -38,40 +34,6 @@ def kl_bound(n: int) -> float:
     if n < 1:
         raise ValueError(f"the best of {n} is nobody")
     return math.log(n) - (n - 1) / n
-
-
-def keep_best(scored: Sequence[ScoredRollout], *, per_prompt: int = 1, seed: int) -> list[ScoredRollout]:
-    """Keep the best responses to each prompt, from whatever rounds: what rejection-sampling fine-tuning imitates.
-
-    Scores are compared, so all must come from one reward model: responses of earlier rounds are scored again by the
-    newest. With those left out a policy forgets what it could do before (Llama 2, section 3.2.3).
-
-    Args:
-        scored: Responses of this round and of all earlier ones, in any order.
-        per_prompt: How many to keep of each prompt; fewer where there are not as many different ones.
-        seed: Of the lot between equal scores.
-
-    Returns:
-        The kept responses, by prompt in order of the prompts' ids, best first. Identical responses count once, as the
-        one with the lowest key.
-
-    Raises:
-        ValueError: If there is no response, or a score is NaN.
-    """
-    _check(np.array([one.score for one in scored], np.float64))
-    by_prompt: dict[str, dict[bytes, ScoredRollout]] = {}
-    for one in sorted(scored, key=lambda one: one.rollout.key):
-        different = by_prompt.setdefault(one.rollout.key.prompt_id, {})
-        different.setdefault(one.rollout.response_ids.tobytes(), one)
-    kept: list[ScoredRollout] = []
-    for prompt_id, different in sorted(by_prompt.items()):
-        responses = list(different.values())
-        # Of the prompt alone, so that no other prompt decides between this one's equals.
-        digest = hashlib.sha256(f"{seed}/best of n/{prompt_id}".encode()).digest()
-        lot = np.random.default_rng(list(digest)).permutation(len(responses))
-        order = np.lexsort((lot, np.array([-one.score for one in responses])))
-        kept += [responses[place] for place in order[:per_prompt]]
-    return kept
 
 
 def expected_best(scores: Floats, values: Floats, *, n: int) -> float:

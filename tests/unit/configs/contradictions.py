@@ -36,7 +36,7 @@ MALFORMED_OVERRIDES: tuple[tuple[str, str], ...] = (
     ("algorithm=apa", "algorithm"),
     ("algorithm.name=[ppo]", "algorithm"),
     ("algorithm.name={a: b}", "algorithm"),
-    ("algorithm.name=dpo", "algorithm"),
+    ("algorithm.name=trpo", "algorithm.name: should be"),
     ("scoring.rewards.0.weight=2", "scoring.rewards"),
     ("scoring.rewards=[3]", "scoring.rewards.0"),
     ("scoring.rewards=[{}]", "kind: missing"),
@@ -45,6 +45,8 @@ MALFORMED_OVERRIDES: tuple[tuple[str, str], ...] = (
 
 _HTTP = "models.critic.init=policy"
 _PPO = "algorithm.name=ppo"
+_DPO = ("algorithm.name=dpo", "rollout.samples_per_prompt=2")
+_RFT = ("algorithm.name=rft", "rollout.samples_per_prompt=2")
 
 _BATCHES = tuple(
     (
@@ -161,6 +163,28 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("algorithm.advantage=reinforce", "algorithm.gamma=0.9"), "discounts by token"),
     (("algorithm.advantage=reinforce", "algorithm.truncated_value=bootstrap"), "has no critic"),
     (("algorithm.apa_lambda=0",), "apa_lambda"),
+    (("algorithm.name=dpo",), "algorithm.name = dpo compares the responses to one prompt"),
+    (("algorithm.name=rft",), "algorithm.name = rft compares the responses to one prompt"),
+    ((*_DPO, "algorithm.kl_beta=0.1"), "algorithm: kl_beta has no meaning for this algorithm: its loss holds"),
+    ((*_DPO, "algorithm.kl_controller={kind: adaptive}"), "kl_controller has no meaning for this algorithm"),
+    ((*_DPO, "algorithm.advantage=rloo"), "there are no advantages and no critic"),
+    ((*_DPO, "algorithm.critic_warmup_iterations=2"), "there are no advantages and no critic"),
+    ((*_DPO, "algorithm.correction={weight: tis}"), "without a ratio to the policy that sampled them"),
+    ((*_DPO, "algorithm.apa_lambda=1"), "apa_lambda: unknown key"),
+    ((*_DPO, "algorithm.minibatch_responses=33"), "is odd, and a pair counts two"),
+    ((*_DPO, "algorithm.minibatch_responses=512"), "more than the 256 responses that an iteration of dpo learns from"),
+    ((*_DPO, "algorithm.minibatch_responses=4", "learner.workers=3"), "some ranks would have nothing to do"),
+    ((*_DPO, "learner.micro_batch_tokens=191"), "learner.micro_batch_tokens = 191 cannot hold one pair"),
+    ((*_DPO, "algorithm.dpo_beta=0"), "algorithm.dpo_beta"),
+    ((*_DPO, "algorithm.kind=hinge"), "algorithm.kind"),
+    ((*_DPO, "algorithm.kind=robust"), "without a flip_probability"),
+    ((*_DPO, "algorithm.kind=cdpo", "algorithm.flip_probability=0.5"), "algorithm.flip_probability"),
+    ((*_DPO, "algorithm.kind=ipo", "algorithm.flip_probability=0.1"), "is not read by kind = ipo"),
+    ((*_RFT, "algorithm.kl_beta=0.1"), "algorithm: kl_beta has no meaning for this algorithm: it imitates"),
+    ((*_RFT, "algorithm.gae_lambda=0.9"), "there are no advantages and no critic"),
+    ((*_RFT, "algorithm.kept_per_prompt=2"), "would keep all of them, the worst too"),
+    ((*_RFT, "algorithm.memory_responses=-1"), "algorithm.memory_responses"),
+    ((*_RFT, "algorithm.minibatch_responses=256"), "more than the 192 responses that an iteration of rft learns from"),
     (("rounds.count=1000000000",), "rounds.count"),
     (("rounds.count=0",), "rounds.count"),
     (("rounds.collect.comparisons=50",), "min_prompts"),

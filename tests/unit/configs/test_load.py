@@ -50,7 +50,7 @@ def test_yaml_is_1_2() -> None:
         ("learner.micro_batch_tokens=50", "cannot hold one sequence"),
         ("rollout.max_response_tokens=400", "context_tokens = 128 is shorter"),
         ("scoring.rewards=[]", "scoring.rewards is empty"),
-        ("algorithm.name=dpo", "algorithm"),
+        ("algorithm.name=trpo", "algorithm.name: should be"),
         ("models.policy.path=x", "either models.policy.path or models.policy.scratch"),
         ("learner.workers=64", "some ranks would have nothing to do"),
         ("nonsense", "cannot read the override"),
@@ -149,3 +149,21 @@ def test_one_line_switches_the_algorithm(name: str) -> None:
     assert config.algorithm.minibatch_responses == 32
     assert config.algorithm.correction.weight == "none"
     assert config.algorithm.has_critic
+    assert config.minibatches_per_epoch == 128 / 32
+
+
+@pytest.mark.parametrize(("name", "steps"), [("dpo", 2 * 64 // 32), ("rft", (64 + 64) // 32)])
+def test_a_choice_among_responses_needs_no_critic_and_carries_no_key_of_one(name: str, steps: int) -> None:
+    samples = ["rollout.prompts_per_iteration=64", "rollout.samples_per_prompt=2"]
+    config = load("quickstart", [f"algorithm.name={name}", *samples])
+    assert (config.algorithm.has_critic, config.algorithm.warmup_iterations) == (False, 0)
+    assert config.minibatches_per_epoch == steps
+    keys = set(config.algorithm.model_dump())
+    assert not keys & {"advantage", "gamma", "gae_lambda", "value_clip", "correction", "kl_beta", "aggregation"}
+    uneven = load("quickstart", [f"algorithm.name={name}", *samples, "algorithm.minibatch_responses=50"])
+    assert uneven.minibatches_per_epoch == 3
+
+
+def test_a_wrong_value_inside_the_tagged_section_is_spelled_as_the_user_does() -> None:
+    with pytest.raises(ConfigError, match=r"\n  algorithm\.kind: Input should be 'dpo', 'cdpo', 'robust' or 'ipo'"):
+        load("quickstart", ["algorithm.name=dpo", "rollout.samples_per_prompt=2", "algorithm.kind=1"])

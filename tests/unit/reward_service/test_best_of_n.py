@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.messages import PolicyVersions, Prompt, Rollout, RolloutKey, ScoredRollout
-from reward_service.best_of_n import expected_best, keep_best, kl_bound
+from reward_service.best_of_n import expected_best, kl_bound
 
 VECTORS = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())
 POOL = st.lists(st.tuples(st.integers(0, 4), st.floats(-3, 3)), min_size=1, max_size=6)
@@ -88,56 +86,9 @@ def test_a_pool_of_thousands_loses_no_digits() -> None:
     assert expected_best(scores, scores, n=n) == pytest.approx(n * (num + 1) / (n + 1) - 1, rel=1e-12)
 
 
-def scored(prompt: str, score: float, *, round: int = 1, sample: int = 0, text: str | None = None) -> ScoredRollout:
-    ids = np.frombuffer((text or f"{round} {sample}").encode(), np.uint8).astype(np.int32)
-    rollout = Rollout(
-        key=RolloutKey(round, 0, prompt, sample),
-        prompt=Prompt(prompt_id=prompt, text=prompt, token_ids=np.array([1], np.int32)),
-        response_ids=ids,
-        behavior_logprobs=np.zeros(len(ids), np.float32),
-        finish_reason="stop",
-        policy_versions=PolicyVersions(round, round),
-        worker="rollout-0",
-    )
-    return ScoredRollout(rollout=rollout, score=score, components={}, ref_logprobs=np.zeros(len(ids), np.float32))
-
-
-def kept(given: Sequence[ScoredRollout], *, per_prompt: int = 1, seed: int = 0) -> list[tuple[str, int, int]]:
-    keys = [one.rollout.key for one in keep_best(given, per_prompt=per_prompt, seed=seed)]
-    return [(key.prompt_id, key.round, key.sample) for key in keys]
-
-
-def test_the_best_of_all_rounds_is_kept() -> None:
-    given = [
-        scored("q", 0.5, round=2, sample=0),
-        scored("p", 0.1, round=2, sample=1),
-        scored("p", 0.9, round=1, sample=3),
-        scored("p", 0.4, round=2, sample=2),
-        scored("q", -0.5, round=1, sample=0),
-    ]
-    assert kept(given) == [("p", 1, 3), ("q", 2, 0)]
-    assert kept(given, per_prompt=2) == [("p", 1, 3), ("p", 2, 2), ("q", 2, 0), ("q", 1, 0)]
-    assert kept(given, per_prompt=9) == kept(given, per_prompt=3)
-
-
-def test_identical_responses_count_once() -> None:
-    given = [scored("p", 1.0, round=number, text="same") for number in (3, 1, 2)] + [scored("p", 0.5, round=4)]
-    assert kept(given, per_prompt=3) == [("p", 1, 0), ("p", 4, 0)]
-
-
-def test_the_lot_decides_between_equals_and_nobody_else() -> None:
-    given = [scored("p", score, sample=number) for number, score in enumerate((0.2, 1.0, -3.0, 1.0))]
-    chosen = [kept(given, seed=seed)[0][2] for seed in range(400)]
-    assert set(chosen) == {1, 3}
-    assert 150 < chosen.count(1) < 250
-    others = [scored("a", 1.0, sample=number) for number in range(5)]
-    for seed in range(20):
-        assert kept([*others, *given[::-1]], seed=seed)[1] == kept(given, seed=seed)[0]
-
-
 def test_scores_that_choose_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match="none of them NaN"):
-        keep_best([scored("p", 0.0), scored("p", math.nan, sample=1)], seed=0)
+        expected_best(np.array([0.0, math.nan]), np.zeros(2), n=1)
     with pytest.raises(ValueError, match="best of 3 cannot be estimated"):
         expected_best(np.zeros(2), np.zeros(2), n=3)
     with pytest.raises(ValueError, match="cannot be estimated"):

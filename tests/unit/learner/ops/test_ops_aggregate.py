@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_batches import Batch, batches, close, t64
 
-from configs.algorithm import AlgorithmBase
+from configs.algorithm import PolicyGradientBase
 from learner.ops.aggregate import AggregationMode, token_weights, weighted_sum
 
 MASK = torch.tensor([[True, True, True, False], [True, True, True, True]])
@@ -35,7 +35,7 @@ def slow_aggregate(losses: torch.Tensor, mask: torch.Tensor, mode: str, constant
 
 
 def test_the_modes_are_those_of_the_configuration():
-    assert get_args(AlgorithmBase.model_fields["aggregation"].annotation) == MODES
+    assert get_args(PolicyGradientBase.model_fields["aggregation"].annotation) == MODES
 
 
 @pytest.mark.parametrize(
