@@ -45,26 +45,31 @@ class Builder:
         config = self._config
         remote = learner_worker.remote_class()
         environment = {"env_vars": learner_worker.environment(config)}
+        places = self._groups.of("learner")
 
         def make(rank: int, name: str) -> Handle:
-            options = self._groups.options("learner", rank)
+            options = places.options(rank)
             return remote.options(**options, runtime_env=environment).remote(
                 rank=rank, world_size=config.learner.workers, config=config, run_directory=self._directory.root
             )
 
         group = LearnerGroup(config, make=make)
-        self._nodes |= group.started()
+        self._nodes |= group.started(granted=places.granted)
         return group
 
     def pools(self) -> tuple[RolloutPool, ScoringPool]:
         """Start the rollout and scoring workers and wait until they have loaded their models."""
         config = self._config
         rollouts = self._rollouts(config.rollout, str(self._directory.policy(0)))
+        places = self._groups.of("scoring")
+        rewards = places.part(0, config.scoring.workers)
+        references = places.part(config.scoring.workers, config.scoring.reference_workers)
         scoring = ScoringPool(
             config.scoring,
             config.cluster.deadlines,
-            make_reward=self._reward,
-            make_reference=self._reference,
+            make_reward=lambda index, name: self._reward(rewards.options(index), name),
+            make_reference=lambda index, name: self._reference(references.options(index), name),
+            places=(rewards, references),
             replacements=config.cluster.worker_replacements,
             report=self._report,
         )
@@ -80,27 +85,30 @@ class Builder:
 
     def _rollouts(self, rollout: RolloutConfig, model: str) -> RolloutPool:
         config = self._config
+        places = self._groups.of("rollout")
 
         def make(index: int, name: str) -> Handle:
             environment = rollout_worker.environment(rollout, config.cluster.backend)
-            options = self._groups.options("rollout", index)
             return (
                 rollout_worker.remote_class()
-                .options(**options, runtime_env={"env_vars": environment})
+                .options(**places.options(index), runtime_env={"env_vars": environment})
                 .remote(name=name, model_path=model, config=rollout, backend=config.cluster.backend, policy_version=0)
             )
 
-        replacements = config.cluster.worker_replacements
-        return RolloutPool(rollout, config.cluster.deadlines, make=make, replacements=replacements, report=self._report)
+        return RolloutPool(
+            rollout,
+            config.cluster.deadlines,
+            make=make,
+            replacements=config.cluster.worker_replacements,
+            report=self._report,
+            places=places,
+        )
 
-    def _reward(self, index: int, name: str) -> Handle:
+    def _reward(self, options: dict[str, object], name: str) -> Handle:
         config = self._config
         return (
             scoring_worker.reward_worker_class()
-            .options(
-                **self._groups.options("scoring", index),
-                runtime_env={"env_vars": scoring_worker.environment(config)},
-            )
+            .options(**options, runtime_env={"env_vars": scoring_worker.environment(config)})
             .remote(
                 config=config,
                 name=name,
@@ -109,15 +117,12 @@ class Builder:
             )
         )
 
-    def _reference(self, index: int, name: str) -> Handle:
+    def _reference(self, options: dict[str, object], name: str) -> Handle:
         config = self._config
         reference = config.models.reference
         path = self._directory.policy(0) if reference == "sft" else reference
         return (
             scoring_worker.reference_worker_class()
-            .options(
-                **self._groups.options("scoring", config.scoring.workers + index),
-                runtime_env={"env_vars": scoring_worker.environment(config)},
-            )
+            .options(**options, runtime_env={"env_vars": scoring_worker.environment(config)})
             .remote(config=config, name=name, path=path)
         )

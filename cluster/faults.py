@@ -3,7 +3,7 @@
     rondo train CONFIG --fault rollout-0:serving:kill@3 --fault learner-1:update:stop
 
 The first kills the process of rollout worker 0 while it samples in the iteration after three are done. `stop` halts a
-process as a hanging one would, `pause=SECONDS` halts it for a while only.
+process as a hanging one would, `pause=SECONDS` halts it for a while only, `node` kills everything on the worker's node.
 """
 
 import os
@@ -13,7 +13,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import sleep
+from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -25,10 +27,11 @@ from protocol.errors import UserError
 
 _FAULT = re.compile(
     r"(?P<role>rollout|reward|reference|learner)-(?P<index>\d+):(?P<state>[a-z ]+)"
-    r":(?P<act>kill|stop|pause=(?P<seconds>\d+(\.\d+)?))(@(?P<iteration>\d+))?"
+    r":(?P<act>kill|stop|node|pause=(?P<seconds>\d+(\.\d+)?))(@(?P<iteration>\d+))?"
 )
 _POLL_S = 0.002
 _ANSWER_S = 5.0
+_START_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Fault:
     state: str
     """What the worker's status must say: idle, serving, publishing, scoring, update, save and so on."""
     signals: tuple[tuple[int, float], ...]
-    """Signals, each with the seconds to wait before it."""
+    """Signals, each with the seconds to wait before it; none if its whole node is killed."""
     iteration: int | None
     """Not before so many iterations of a round are done."""
 
@@ -57,13 +60,15 @@ def parse(text: str) -> Fault:
         raise UserError(
             f"{text!r} is no fault",
             where="--fault",
-            next_step="write ROLE-INDEX:STATE:ACT[@ITERATION], such as rollout-0:serving:kill@3; acts are kill, stop "
-            "and pause=SECONDS",
+            next_step="write ROLE-INDEX:STATE:ACT[@ITERATION], such as rollout-0:serving:kill@3; acts are kill, stop, "
+            "node and pause=SECONDS",
         )
     if found["act"] == "kill":
         signals: tuple[tuple[int, float], ...] = ((signal.SIGKILL, 0.0),)
     elif found["act"] == "stop":
         signals = ((signal.SIGSTOP, 0.0),)
+    elif found["act"] == "node":
+        signals = ()
     else:
         signals = ((signal.SIGSTOP, 0.0), (signal.SIGCONT, float(found["seconds"])))
     return Fault(
@@ -93,6 +98,7 @@ class Injector:
         self._crew = crew
         self._state = state
         self._say = say
+        self._hands: dict[str, Any] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="faults", daemon=True)
 
@@ -115,32 +121,52 @@ class Injector:
         return fault.iteration is None or self._state().iteration >= fault.iteration
 
     def _happens(self, fault: Fault) -> bool:
-        workers = self._crew.workers(fault.role)
-        if fault.index >= len(workers):
+        workers = {member.index: member for member in self._crew.workers(fault.role)}
+        if fault.index not in workers:
             return False
         try:
             status = ray.get(workers[fault.index].handle.status.remote(), timeout=_ANSWER_S)
         except RayError:  # it is starting, or gone already
             return False
         found = status_fields(status)
+        hand = self._hand(found["node_id"])  # there before the state is: it may be over in an instant
         if found["state"] != fault.state:
             return False
-        there = NodeAffinitySchedulingStrategy(node_id=found["node_id"], soft=False)
+        if not fault.signals:
+            if hand is None:
+                self._say(f"fault: {fault.text} is left out: the driver is on that node")
+                return True
+            hand.kill_node.remote()
         for number, wait_s in fault.signals:
             sleep(wait_s)
-            # One machine needs no task, and a state may be over before one has started.
-            if found["node_id"] == ray.get_runtime_context().get_node_id():
-                _send(found["pid"], number)
+            if hand is None:
+                os.kill(found["pid"], number)
             else:
-                ray.get(_send_there.options(scheduling_strategy=there).remote(found["pid"], number), timeout=60)
+                ray.get(hand.send.remote(found["pid"], number), timeout=_ANSWER_S)
         self._say(f"fault: {fault.text} (process {found['pid']})")
         return True
 
+    def _hand(self, node_id: str) -> Any:
+        """Have a process on a node that can send signals; None for this node, which needs none."""
+        if node_id == ray.get_runtime_context().get_node_id():
+            return None
+        if node_id not in self._hands:
+            there = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+            self._hands[node_id] = _Hand.options(scheduling_strategy=there).remote()
+            ray.get(self._hands[node_id].__ray_ready__.remote(), timeout=_START_S)
+        return self._hands[node_id]
 
-def _send(pid: int, number: int) -> None:
-    os.kill(pid, number)
 
+@ray.remote(num_cpus=0, max_restarts=0)
+class _Hand:
+    """Sends signals on its node."""
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _send_there(pid: int, number: int) -> None:
-    _send(pid, number)
+    def send(self, pid: int, number: int) -> None:
+        os.kill(pid, number)
+
+    def kill_node(self) -> None:
+        """Kill the raylet, whose child every worker is, and all workers, this one last."""
+        raylet = psutil.Process(os.getppid())
+        workers = [child for child in raylet.children() if child.pid != os.getpid()]
+        for process in (raylet, *workers, psutil.Process()):
+            process.kill()

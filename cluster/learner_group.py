@@ -12,9 +12,9 @@ import ray
 from cluster.deadlines import Deadlines, Kind
 from cluster.pool import Member
 from cluster.stacks import stacks_of
-from cluster.supervision import DeadlineError, Handle, Watch, first_line, wait
+from cluster.supervision import DeadlineError, Handle, PlaceWatch, Watch, first_line, wait
 from configs.run import RunConfig
-from protocol.errors import LearnerLostError, UserError
+from protocol.errors import LearnerLostError, NoPlaceError, UserError
 from protocol.messages import RolloutKey, SampleText, UpdateReport
 from protocol.roles import Payload, Publication, ScoredReferences
 from protocol.weights import Rendezvous, WeightManifest
@@ -34,6 +34,7 @@ class LearnerGroup:
     def __init__(self, config: RunConfig, *, make: Callable[[int, str], Handle]) -> None:
         self._deadlines = config.cluster.deadlines
         self._measured = Deadlines(self._deadlines)
+        self._starting: PlaceWatch | None = None
         self._transfer = config.rollout.weight_transfer
         self._watch = Watch(silence_s=self._deadlines.silence_s)
         names = [f"learner-{rank}" for rank in range(config.learner.workers)]
@@ -42,13 +43,23 @@ class LearnerGroup:
         self.updates = 0
         """Batches that the ranks have been given to learn from."""
 
-    def started(self) -> dict[str, str]:
-        """Connect the ranks to each other, wait until they are, and say on which node each rank is."""
+    def started(self, *, granted: Callable[[int], bool] = lambda rank: True) -> dict[str, str]:
+        """Connect the ranks to each other, wait until they are, and say on which node each rank is.
+
+        Args:
+            granted: Says whether a rank has a place.
+
+        Raises:
+            NoPlaceError: If the cluster has no room for a rank.
+        """
+        self._starting = PlaceWatch(granted, placement_s=self._deadlines.placement_s)
+        self._on(self._ranks, "start", "status")
         [(address, port)] = self._on([self._ranks[0]], "start", "address")
         self._on(self._ranks, "start", "connect", address, port)
         states = self._on(self._ranks, "start", "status")
         for member, state in zip(self.members, states, strict=True):
             member.met(state)
+        self._starting = None  # whoever is lost from now on had a place
         return {member.name: str(member.node_id) for member in self.members}
 
     def train_sft(self, output: Path, *, progress: Progress) -> dict[str, Any]:
@@ -70,12 +81,17 @@ class LearnerGroup:
         self._on(self._ranks, "start", "finish_rl")
 
     def update(self, batch: ScoredReferences, *, round: int, iteration: int) -> UpdateReport:
-        """Learn from a batch."""
+        """Learn from a batch.
+
+        Raises:
+            LostDataError: If some of it is gone; the ranks are where they were.
+        """
         groups = [(list(group.rollouts), group.rewards, group.reference) for group in batch.groups]
-        self.updates += 1  # whatever becomes of it, the ranks are not where they were
         tokens = sum(meta.response_tokens for meta in batch.metas)
-        place = {"round": round, "iteration": iteration}
-        return self._on(self._ranks, "learn", "update", groups, size=tokens, **place)[0]
+        # All ranks have the batch before one begins: if any of it is gone, nothing has been learned.
+        self._on(self._ranks, "learn", "receive", groups, size=tokens)
+        self.updates += 1  # whatever becomes of it, the ranks are not where they were
+        return self._on(self._ranks, "learn", "update", size=tokens, round=round, iteration=iteration)[0]
 
     def publish(self, *, policy_version: int) -> Publication:
         """Make a new version: collect references to its buckets as rank 0 gathers them, or announce a broadcast."""
@@ -148,7 +164,7 @@ class LearnerGroup:
         """
         try:
             yield
-        except UserError:
+        except (UserError, NoPlaceError):
             raise
         except Exception as error:
             lost = self._watch.lost(self.members)
@@ -200,7 +216,7 @@ class LearnerGroup:
 
     def _waited(self, refs: Sequence[Any], kind: Kind, work: str = "", *, size: int = 1, what: str) -> list[Any]:
         seconds, key = self._measured.bound(kind, work, size=size)
-        watch = None if kind == "start" else self._watch
+        watch = self._starting if kind == "start" else self._watch
         return wait(refs, deadline_s=seconds, what=what, key=key, watch=watch, workers=self.members)
 
     def _watched(self, what: str, progress: Progress, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -1,11 +1,17 @@
-"""Placement: how many resources each role asks for, whether the cluster has them, and one placement group a role."""
+"""Placement: how many resources each role asks for, whether the cluster has them, and the places it has granted."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from time import monotonic, sleep
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.cluster import RolePlacementConfig
@@ -13,6 +19,7 @@ from configs.run import RunConfig
 from protocol.errors import UserError
 
 Bundle = dict[str, float]
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +29,9 @@ class RolePlan:
     role: str
     bundles: tuple[Bundle, ...]
     strategy: str
+    alone: bool = False
+    """Whether every bundle is a placement group of its own, which can be given back alone: Ray takes no bundle out of a
+    group. A group of one bundle is put where it fits best, which packs as PACK does."""
 
 
 def plan(config: RunConfig) -> tuple[RolePlan, ...]:
@@ -47,7 +57,10 @@ def _role(role: str, workers: int, cpus: float, gpus: float, place: RolePlacemen
     bundle: Bundle = {"CPU": float(cpus), **place.resources}
     if gpus:
         bundle["GPU"] = float(gpus)
-    return RolePlan(role=role, bundles=tuple(dict(bundle) for _ in range(workers)), strategy=place.strategy)
+    alone = role == "rollout" and place.strategy == "PACK"
+    return RolePlan(
+        role=role, bundles=tuple(dict(bundle) for _ in range(workers)), strategy=place.strategy, alone=alone
+    )
 
 
 def check(plans: tuple[RolePlan, ...], available: Mapping[str, float]) -> None:
@@ -81,16 +94,100 @@ def _spell(bundle: Bundle) -> str:
     return " + ".join(f"{amount:g} {name}" for name, amount in bundle.items())
 
 
+class Places:
+    """The places of one role. When a node dies, Ray moves the places on it to other nodes as soon as there is room."""
+
+    def __init__(self, plan: RolePlan) -> None:
+        self._plan = plan
+        self._places: dict[int, tuple[PlacementGroup, int]] = {}
+        parts = [(bundle,) for bundle in plan.bundles] if plan.alone else [plan.bundles]
+        for part in parts:
+            group = placement_group(list(part), strategy=plan.strategy)
+            for bundle in range(len(part)):
+                self._places[len(self._places)] = group, bundle
+
+    @property
+    def indices(self) -> list[int]:
+        """The places there are."""
+        return sorted(self._places)
+
+    def granted(self, index: int) -> bool:
+        """Say whether a place is on a node that Ray takes for alive."""
+        group, _ = self._places[index]
+        return placement_group_table(group)["state"] == "CREATED"
+
+    def wait(self, deadline_s: float) -> bool:
+        """Wait until all places are granted; say whether they are."""
+        deadline = monotonic() + deadline_s
+        while not all(self.granted(index) for index in self._firsts()):
+            if monotonic() >= deadline:
+                return False
+            sleep(_POLL_S)
+        return True
+
+    def options(self, index: int) -> dict[str, object]:
+        """The actor options that put a worker into its place."""
+        group, number = self._places[index]
+        bundle = self._plan.bundles[0]
+        custom = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
+        return {
+            "num_cpus": bundle["CPU"],
+            "num_gpus": bundle.get("GPU", 0),
+            "resources": custom or None,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=number
+            ),
+        }
+
+    def give_back(self, index: int) -> None:
+        """Give a place back to the cluster, if it is a placement group of its own."""
+        if self._plan.alone:
+            group, _ = self._places.pop(index)
+            remove_placement_group(group)
+
+    def remove(self) -> None:
+        """Give all places back."""
+        for index in self._firsts():
+            remove_placement_group(self._places[index][0])
+        self._places.clear()
+
+    def part(self, first: int, count: int) -> "PartOfPlaces":
+        """So many places from one on, counted from 0."""
+        return PartOfPlaces(self, first, range(count))
+
+    def _firsts(self) -> list[int]:
+        """One place of every placement group."""
+        return [index for index, (_, bundle) in self._places.items() if bundle == 0]
+
+
+@dataclass(frozen=True, slots=True)
+class PartOfPlaces:
+    """Some places of a role: the reward workers' among those of scoring, or the reference workers'."""
+
+    places: Places
+    first: int
+    indices: Sequence[int]
+
+    def options(self, index: int) -> dict[str, object]:
+        """The actor options that put a worker into its place."""
+        return self.places.options(self.first + index)
+
+    def granted(self, index: int) -> bool:
+        """Say whether a place is on a node that Ray takes for alive."""
+        return self.places.granted(self.first + index)
+
+    def give_back(self, index: int) -> None:
+        """Give a place back to the cluster, if it is a placement group of its own."""
+        self.places.give_back(self.first + index)
+
+
 class Placement:
-    """The placement groups of a run."""
+    """The places of a run."""
 
     def __init__(self, plans: tuple[RolePlan, ...], *, deadline_s: float) -> None:
-        self._groups: dict[str, PlacementGroup] = {}
-        for role in plans:
-            self._groups[role.role] = placement_group(list(role.bundles), strategy=role.strategy)
-        self._bundles = {role.role: role.bundles for role in plans}
-        for role, group in self._groups.items():
-            if not group.wait(deadline_s):
+        self._roles = {plan.role: Places(plan) for plan in plans}
+        for role, places in self._roles.items():
+            if not places.wait(deadline_s):
                 self.remove()
                 raise UserError(
                     f"the cluster did not grant the {role} placement group within {deadline_s:g} s",
@@ -99,24 +196,14 @@ class Placement:
                     next_step="look at `ray status`, or raise cluster.deadlines.placement_s",
                 )
 
-    def options(self, role: str, index: int) -> dict[str, object]:
-        """The actor options that put worker `index` of a role into its bundle."""
-        bundle = self._bundles[role][index]
-        custom = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
-        return {
-            "num_cpus": bundle["CPU"],
-            "num_gpus": bundle.get("GPU", 0),
-            "resources": custom or None,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                placement_group=self._groups[role], placement_group_bundle_index=index
-            ),
-        }
+    def of(self, role: str) -> Places:
+        """The places of one role."""
+        return self._roles[role]
 
     def remove(self) -> None:
         """Give all resources back."""
-        for group in self._groups.values():
-            remove_placement_group(group)
-        self._groups.clear()
+        for places in self._roles.values():
+            places.remove()
 
 
 def available_resources() -> dict[str, float]:

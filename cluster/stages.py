@@ -30,7 +30,7 @@ from cluster.tracking import Sinks
 from configs.load import config_hash
 from configs.run import RunConfig
 from protocol import metrics as names
-from protocol.errors import LearnerLostError, UserError
+from protocol.errors import LearnerLostError, LostDataError, UserError
 from protocol.files import write_json
 from protocol.incidents import Incident
 from protocol.messages import IterationReport, RoundReport
@@ -98,6 +98,7 @@ class RunStages:
         self._progress = progress
         self.incidents = incidents
         self._restarts_left = config.cluster.learner_restarts
+        self._batches_left = config.cluster.worker_replacements
         self._standstill: _Standstill | None = None
         self._resumed: checkpoint.Checkpoint | None = None
         self._sinks: Sinks | None = None
@@ -216,7 +217,13 @@ class RunStages:
         if self._sinks is None:
             self._sinks = self._open_sinks(self._standing_iterations(state))
         self._history = self._standing(state)
-        return Roles(rollouts=self.crew.rollouts, scoring=scoring, learner=self.crew.learner, prompts=stream)
+        return Roles(
+            rollouts=self.crew.rollouts,
+            scoring=scoring,
+            learner=self.crew.learner,
+            prompts=stream,
+            lost=self._sampled_again,
+        )
 
     def alarm(self, report: IterationReport) -> str | None:
         """Judge an iteration by the round's guards."""
@@ -286,6 +293,24 @@ class RunStages:
         """Stop all workers and finish all files."""
         self._close_sinks()
         self.crew.release()
+
+    def _sampled_again(self, error: LostDataError) -> None:
+        """Keep a record of a batch that is gone, and allow so many in this run's process."""
+        spent = self._batches_left <= 0
+        self._batches_left -= 1
+        self.incidents(
+            Incident(
+                kind="batch_lost",
+                what=str(error),
+                where="the batch in hand",
+                cause=str(error.__cause__ or ""),
+                action="the run stops: it has been sampled again too often"
+                if spent
+                else "the batch is sampled again, with the same keys and seeds",
+            )
+        )
+        if spent:
+            raise error
 
     def _stands(self, state: RunState, *, durable: bool) -> None:
         prompts = self._prompts.stream().state_dict()

@@ -19,6 +19,9 @@ class RolloutConfig(Section):
     """Rollout workers: each one owns a vLLM engine."""
 
     workers: PositiveInt = 1
+    min_workers: PositiveInt = 1
+    """With fewer the run stops: workers whose nodes are gone, and for which the cluster has no room, are gone on
+    without as long as so many are left."""
     tensor_parallel: PositiveInt = 1
     """Accelerators an engine spans (1 on a CPU)."""
     cpus_per_worker: PositiveFloat = 1.0

@@ -70,7 +70,8 @@ def groups_of(iteration: int) -> list[tuple[list[Any], Any, Any]]:
 
 def learn(ranks: list[Any], iteration: int) -> Any:
     groups = groups_of(iteration)
-    reports = ray.get([r.update.remote(groups, round=1, iteration=iteration) for r in ranks], timeout=120)
+    ray.get([rank.receive.remote(groups) for rank in ranks], timeout=60)
+    reports = ray.get([rank.update.remote(round=1, iteration=iteration) for rank in ranks], timeout=120)
     assert reports[0] == reports[1]
     return reports[0]
 
@@ -126,7 +127,8 @@ def test_a_batch_that_cannot_be_learned_from_is_kept(cluster: None, models: tupl
     scores[3] = np.nan
     broken = RewardScores(keys=rewards.keys, scores=scores, components={}, gold={}, busy_s=0.0)
     groups[0] = (groups[0][0], ray.put(broken), groups[0][2])
-    refs = [rank.update.remote(groups, round=1, iteration=0) for rank in ranks]
+    ray.get([rank.receive.remote(groups) for rank in ranks], timeout=60)
+    refs = [rank.update.remote(round=1, iteration=0) for rank in ranks]
     for ref in refs:
         with pytest.raises(RuntimeError, match=r"score is not finite at rollout r1/i0/p0011#0"):
             ray.get(ref, timeout=60)
