@@ -1,10 +1,13 @@
 """Makes the workers of a run, each in its place."""
 
+from collections.abc import Callable, Mapping
+
 from actors import worker as rollout_worker
 from cluster import placement
+from cluster.elastic import Elastic, Surroundings
 from cluster.learner_group import LearnerGroup
 from cluster.placement import Placement
-from cluster.pool import Report
+from cluster.pool import Pool, Report
 from cluster.rollout_pool import RolloutPool
 from cluster.run_directory import RunDirectory
 from cluster.scoring_pool import ScoringPool
@@ -60,7 +63,7 @@ class Builder:
     def pools(self) -> tuple[RolloutPool, ScoringPool]:
         """Start the rollout and scoring workers and wait until they have loaded their models."""
         config = self._config
-        rollouts = self._rollouts(config.rollout, str(self._directory.policy(0)))
+        rollouts = self._rollouts(config.rollout, str(self._directory.policy(0)), follow=self._elastic)
         places = self._groups.of("scoring")
         rewards = places.part(0, config.scoring.workers)
         references = places.part(config.scoring.workers, config.scoring.reference_workers)
@@ -83,7 +86,23 @@ class Builder:
         pool.started()
         return pool
 
-    def _rollouts(self, rollout: RolloutConfig, model: str) -> RolloutPool:
+    def draining(self) -> set[str]:
+        """Name the nodes that are about to go."""
+        return placement.draining_nodes()
+
+    def _elastic(self, pool: Pool) -> Elastic:
+        surroundings = Surroundings(leaving=self._directory.leaving, draining=self.draining, note=self._note_rollouts)
+        return Elastic(pool, self._groups.of("rollout"), self._config, surroundings)
+
+    def _note_rollouts(self, nodes: Mapping[str, str]) -> None:
+        present = {name: node for name, node in self._nodes.items() if not name.startswith("rollout-")} | dict(nodes)
+        if present != self._nodes:
+            self._nodes = present
+            write_json(self._directory.workers, present)
+
+    def _rollouts(
+        self, rollout: RolloutConfig, model: str, *, follow: Callable[[Pool], Elastic] | None = None
+    ) -> RolloutPool:
         config = self._config
         places = self._groups.of("rollout")
 
@@ -102,6 +121,7 @@ class Builder:
             replacements=config.cluster.worker_replacements,
             report=self._report,
             places=places,
+            follow=follow,
         )
 
     def _reward(self, options: dict[str, object], name: str) -> Handle:

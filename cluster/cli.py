@@ -31,7 +31,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
 ckpt_app = typer.Typer(no_args_is_help=True, help="List and verify checkpoints.")
+workers_app = typer.Typer(no_args_is_help=True, help="Change who works on a run while it goes on.")
 app.add_typer(data_app, name="data")
+app.add_typer(workers_app, name="workers")
 app.add_typer(ckpt_app, name="ckpt")
 app.add_typer(label_app, name="label")
 
@@ -304,6 +306,30 @@ def ckpt_verify(
             _console.print(f"FAIL  {error}", highlight=False, markup=False, soft_wrap=True)
     if failed:
         raise typer.Exit(EXIT_USER)
+
+
+@workers_app.callback()
+def workers() -> None:
+    """Change who works on a run while it goes on."""
+
+
+@workers_app.command("drain")
+def workers_drain(
+    name: Annotated[str, typer.Argument(help="A rollout worker, as in RUN/workers.json, such as rollout-2.")],
+    run: Annotated[Path, typer.Option("--run", help="The run's directory.", metavar="RUN")],
+) -> None:
+    """Let a rollout worker leave a run: it finishes its batch, and its place is given back to the cluster.
+
+    The run never has fewer than rollout.min_workers; if it would, it says so and goes on as it is.
+
+    Example: rondo workers drain rollout-2 --run runs/quickstart
+    """
+    from cluster.elastic import ask_to_leave
+    from cluster.run_directory import RunDirectory
+
+    _run_config(run)
+    ask_to_leave(RunDirectory(run).leaving, name)
+    _console.print(f"{name} leaves {run} before the next version is published", highlight=False, markup=False)
 
 
 @data_app.command("inspect")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from time import monotonic, sleep
 
 import ray
+from ray._private.state import state  # Ray has no public name for nodes that it drains
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -29,9 +30,6 @@ class RolePlan:
     role: str
     bundles: tuple[Bundle, ...]
     strategy: str
-    alone: bool = False
-    """Whether every bundle is a placement group of its own, which can be given back alone: Ray takes no bundle out of a
-    group. A group of one bundle is put where it fits best, which packs as PACK does."""
 
 
 def plan(config: RunConfig) -> tuple[RolePlan, ...]:
@@ -57,10 +55,7 @@ def _role(role: str, workers: int, cpus: float, gpus: float, place: RolePlacemen
     bundle: Bundle = {"CPU": float(cpus), **place.resources}
     if gpus:
         bundle["GPU"] = float(gpus)
-    alone = role == "rollout" and place.strategy == "PACK"
-    return RolePlan(
-        role=role, bundles=tuple(dict(bundle) for _ in range(workers)), strategy=place.strategy, alone=alone
-    )
+    return RolePlan(role=role, bundles=tuple(dict(bundle) for _ in range(workers)), strategy=place.strategy)
 
 
 def check(plans: tuple[RolePlan, ...], available: Mapping[str, float]) -> None:
@@ -95,31 +90,58 @@ def _spell(bundle: Bundle) -> str:
 
 
 class Places:
-    """The places of one role. When a node dies, Ray moves the places on it to other nodes as soon as there is room."""
+    """The places of one role: one placement group, and a group of its own for each place that came later.
+
+    When a node dies, Ray moves the places on it to other nodes as soon as there is room.
+    """
 
     def __init__(self, plan: RolePlan) -> None:
         self._plan = plan
-        self._places: dict[int, tuple[PlacementGroup, int]] = {}
-        parts = [(bundle,) for bundle in plan.bundles] if plan.alone else [plan.bundles]
-        for part in parts:
-            group = placement_group(list(part), strategy=plan.strategy)
-            for bundle in range(len(part)):
-                self._places[len(self._places)] = group, bundle
+        first = placement_group(list(plan.bundles), strategy=plan.strategy)
+        self._places: dict[int, tuple[PlacementGroup, int]] = {n: (first, n) for n in range(len(plan.bundles))}
+        self._vacant: set[int] = set()
+        """Places of the first group that were given back: Ray takes no bundle out of a group."""
+        self._asked: int | None = None
+        """A later place that may not be granted yet."""
+        self._next = len(plan.bundles)
 
     @property
     def indices(self) -> list[int]:
-        """The places there are."""
-        return sorted(self._places)
+        """The places in use."""
+        return sorted(set(self._places) - self._vacant - {self._asked})
 
     def granted(self, index: int) -> bool:
         """Say whether a place is on a node that Ray takes for alive."""
         group, _ = self._places[index]
         return placement_group_table(group)["state"] == "CREATED"
 
+    def another(self) -> int | None:
+        """Have one more place, if the cluster has room; else see to it that one is asked for. Waits for nothing."""
+        draining = draining_nodes()
+        for index in sorted(self._vacant):
+            group, bundle = self._places[index]
+            if self.granted(index) and placement_group_table(group)["bundles_to_node_id"][bundle] not in draining:
+                self._vacant.remove(index)
+                return index
+        if self._asked is None:
+            self._asked, self._next = self._next, self._next + 1  # no number comes twice
+            self._places[self._asked] = placement_group([self._plan.bundles[0]], strategy="PACK"), 0
+        index = self._asked
+        if not self.granted(index):
+            return None
+        self._asked = None
+        return index
+
+    def enough(self) -> None:
+        """Ask for no more."""
+        if self._asked is not None:
+            index, self._asked = self._asked, None
+            self.give_back(index)
+
     def wait(self, deadline_s: float) -> bool:
-        """Wait until all places are granted; say whether they are."""
+        """Wait until the places are granted; say whether they are."""
         deadline = monotonic() + deadline_s
-        while not all(self.granted(index) for index in self._firsts()):
+        while not self.granted(0):
             if monotonic() >= deadline:
                 return False
             sleep(_POLL_S)
@@ -140,24 +162,22 @@ class Places:
         }
 
     def give_back(self, index: int) -> None:
-        """Give a place back to the cluster, if it is a placement group of its own."""
-        if self._plan.alone:
-            group, _ = self._places.pop(index)
-            remove_placement_group(group)
+        """Give a place back to the cluster; one of the first group is kept for the next who needs a place."""
+        if index < len(self._plan.bundles):
+            self._vacant.add(index)
+        else:
+            remove_placement_group(self._places.pop(index)[0])
 
     def remove(self) -> None:
         """Give all places back."""
-        for index in self._firsts():
-            remove_placement_group(self._places[index][0])
+        groups = {group.id: group for group, _ in self._places.values()}
+        for group in groups.values():
+            remove_placement_group(group)
         self._places.clear()
 
     def part(self, first: int, count: int) -> "PartOfPlaces":
         """So many places from one on, counted from 0."""
         return PartOfPlaces(self, first, range(count))
-
-    def _firsts(self) -> list[int]:
-        """One place of every placement group."""
-        return [index for index, (_, bundle) in self._places.items() if bundle == 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +197,7 @@ class PartOfPlaces:
         return self.places.granted(self.first + index)
 
     def give_back(self, index: int) -> None:
-        """Give a place back to the cluster, if it is a placement group of its own."""
+        """Give a place back."""
         self.places.give_back(self.first + index)
 
 
@@ -204,6 +224,11 @@ class Placement:
         """Give all resources back."""
         for places in self._roles.values():
             places.remove()
+
+
+def draining_nodes() -> set[str]:
+    """Ask Ray which nodes it is about to give up: their machines are preempted or scaled down."""
+    return set(state.get_draining_nodes())
 
 
 def available_resources() -> dict[str, float]:

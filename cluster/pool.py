@@ -8,7 +8,15 @@ from typing import Any, Protocol
 import ray
 
 from cluster.stacks import stacks_of
-from cluster.supervision import DeadlineError, Handle, PlaceWatch, SilentWorkerError, first_line, wait
+from cluster.supervision import (
+    DeadlineError,
+    Handle,
+    PlaceWatch,
+    SilentWorkerError,
+    died_with_node,
+    first_line,
+    wait,
+)
 from configs.cluster import DeadlinesConfig
 from protocol.errors import WorkersLostError
 from protocol.incidents import Incident
@@ -105,16 +113,39 @@ class Pool:
         self._report = report
         self._generation = 0
         self._place_watch = PlaceWatch(places.granted, placement_s=deadlines.placement_s)
-        self._members = {index: self._member(index) for index in places.indices}
+        self._members = {index: self.make(index) for index in places.indices}
 
     @property
     def members(self) -> list[Member]:
         """The workers that fill the pool's places now."""
         return [self._members[index] for index in sorted(self._members)]
 
-    def _member(self, index: int) -> Member:
-        suffix = f".{self._generation}" if self._generation else ""
-        name = f"{self.role}-{index}{suffix}"
+    @property
+    def may_shrink(self) -> bool:
+        """Say whether a worker may leave."""
+        return len(self._members) > self._minimum
+
+    def name_of(self, index: int) -> str:
+        """The name of a place, and of the first worker in it."""
+        return f"{self.role}-{index}"
+
+    def make(self, index: int) -> Member:
+        """Start a worker in a new place; it does not belong to the pool before it joins."""
+        name = self.name_of(index)
+        return Member(index=index, name=name, handle=self._make(index, name))
+
+    def join(self, member: Member) -> None:
+        """Let a worker belong to the pool."""
+        self._members[member.index] = member
+
+    def dismiss(self, member: Member) -> None:
+        """Stop a worker and give its place back."""
+        ray.kill(member.handle, no_restart=True)
+        del self._members[member.index]
+        self._places.give_back(member.index)
+
+    def _replacement(self, index: int) -> Member:
+        name = f"{self.name_of(index)}.{self._generation}"
         return Member(index=index, name=name, handle=self._make(index, name))
 
     def started(self) -> dict[str, str]:
@@ -137,12 +168,14 @@ class Pool:
         """
         silent, late = isinstance(cause, SilentWorkerError), isinstance(cause, DeadlineError)
         stacks = stacks_of(pid=member.pid, node_id=member.node_id) if silent or late else None
-        spent = self._replacements <= 0
+        # Ray takes some seconds to miss a node, and until then may start a replacement on it.
+        free = member.pid is None and died_with_node(cause)
+        spent = self._replacements <= 0 and not free
         if not spent:
-            self._replacements -= 1
+            self._replacements -= not free
             self._generation += 1
             ray.kill(member.handle, no_restart=True)
-            self._members[member.index] = self._member(member.index)
+            self._members[member.index] = self._replacement(member.index)
         fresh = self._members[member.index]
         self._report(
             Incident(
@@ -184,10 +217,9 @@ class Pool:
         Raises:
             WorkersLostError: If too few are left.
         """
-        ray.kill(member.handle, no_restart=True)
         cause = self._place_watch.complaint(member)
         left = len(self._members) - 1
-        enough = left >= self._minimum
+        enough = self.may_shrink
         self._report(
             Incident(
                 kind="worker_unplaced",
@@ -201,8 +233,7 @@ class Pool:
         )
         if not enough:
             raise WorkersLostError(f"{cause}; too few {self.role} workers are left")
-        del self._members[member.index]
-        self._places.give_back(member.index)
+        self.dismiss(member)
 
     def stop(self) -> None:
         """Stop every worker."""

@@ -10,6 +10,7 @@ from ray.exceptions import RayTaskError
 
 from cluster import schedule
 from cluster.deadlines import Deadlines
+from cluster.elastic import Elastic
 from cluster.generation import Generation
 from cluster.pool import Anywhere, Member, Places, Pool, Report
 from cluster.supervision import FAILURES, GONE, LATE, Handle, Watch, first_line, wait
@@ -35,6 +36,7 @@ class RolloutPool:
         replacements: int,
         report: Report,
         places: Places | None = None,
+        follow: Callable[[Pool], Elastic] | None = None,
     ) -> None:
         self._config = config
         self._deadlines = deadlines
@@ -49,6 +51,7 @@ class RolloutPool:
             minimum=config.min_workers,
             report=report,
         )
+        self._elastic = None if follow is None else follow(self._pool)
         self._publication: Publication | None = None
 
     @property
@@ -72,7 +75,9 @@ class RolloutPool:
             yield from batch.responses(bound=lambda: self._measured.bound("generate", size=len(requests)))
 
     def load(self, publication: Publication) -> tuple[VersionProof, ...]:
-        """Bring every worker to the published version and have each prove it."""
+        """Bring every worker to the published version and have each prove it; before that, let workers come and go."""
+        if self._elastic is not None:
+            self._elastic.renew()
         self._publication = publication
         with self._measured.measuring("publish"):
             if publication.broadcast is None:
@@ -97,6 +102,8 @@ class RolloutPool:
 
     def stop(self) -> None:
         """Stop every worker."""
+        if self._elastic is not None:
+            self._elastic.stop()
         self._pool.stop()
 
     def replace(self, member: Member, error: BaseException) -> tuple[Member, Any]:

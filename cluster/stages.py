@@ -19,6 +19,7 @@ from cluster.evaluation import Evaluation
 from cluster.incident_log import IncidentLog
 from cluster.learner_group import Progress
 from cluster.lineage import Artefact
+from cluster.losses import LostBatches
 from cluster.prompts import PromptSource, PromptStream
 from cluster.ranking import Ranking
 from cluster.refresh import Refresh
@@ -30,7 +31,7 @@ from cluster.tracking import Sinks
 from configs.load import config_hash
 from configs.run import RunConfig
 from protocol import metrics as names
-from protocol.errors import LearnerLostError, LostDataError, UserError
+from protocol.errors import LearnerLostError, Resumable, UserError
 from protocol.files import write_json
 from protocol.incidents import Incident
 from protocol.messages import IterationReport, RoundReport
@@ -98,7 +99,7 @@ class RunStages:
         self._progress = progress
         self.incidents = incidents
         self._restarts_left = config.cluster.learner_restarts
-        self._batches_left = config.cluster.worker_replacements
+        self._lost_batches = LostBatches(incidents, allowed=config.cluster.worker_replacements)
         self._standstill: _Standstill | None = None
         self._resumed: checkpoint.Checkpoint | None = None
         self._sinks: Sinks | None = None
@@ -222,7 +223,7 @@ class RunStages:
             scoring=scoring,
             learner=self.crew.learner,
             prompts=stream,
-            lost=self._sampled_again,
+            lost=self._lost_batches,
         )
 
     def alarm(self, report: IterationReport) -> str | None:
@@ -248,6 +249,9 @@ class RunStages:
         self.incidents.at(state)
         if STOPPING.asked:
             raise Stopped
+        if ranks := self.crew.ranks_to_go():
+            self.save()
+            raise Resumable(f"Ray drains the node of {', '.join(ranks)}; the same command goes on from this iteration")
 
     def evaluate(self, state: RunState) -> None:
         """Export the policy that the round ends with, and compare it with the supervised one."""
@@ -293,24 +297,6 @@ class RunStages:
         """Stop all workers and finish all files."""
         self._close_sinks()
         self.crew.release()
-
-    def _sampled_again(self, error: LostDataError) -> None:
-        """Keep a record of a batch that is gone, and allow so many in this run's process."""
-        spent = self._batches_left <= 0
-        self._batches_left -= 1
-        self.incidents(
-            Incident(
-                kind="batch_lost",
-                what=str(error),
-                where="the batch in hand",
-                cause=str(error.__cause__ or ""),
-                action="the run stops: it has been sampled again too often"
-                if spent
-                else "the batch is sampled again, with the same keys and seeds",
-            )
-        )
-        if spent:
-            raise error
 
     def _stands(self, state: RunState, *, durable: bool) -> None:
         prompts = self._prompts.stream().state_dict()

@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Any, Protocol, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from protocol.errors import LostDataError, NoPlaceError, UserError
 
@@ -238,6 +238,11 @@ def cause_of(error: RayTaskError) -> Exception:
         inner.__cause__ = error
         return inner
     return error
+
+
+def died_with_node(error: BaseException) -> bool:
+    """Say whether Ray blames a worker's death on its node; the error says so in its text alone."""
+    return isinstance(error, ActorDiedError) and "its node has died" in str(error)
 
 
 def first_line(error: BaseException) -> str:
