@@ -100,6 +100,8 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("rollout.temperature=2.5",), "rollout.temperature"),
     (("rollout.tensor_parallel=2",), "needs cluster.backend = cuda"),
     (("rollout.tensor_parallel=4", "cluster.backend=cuda"), "key-value heads"),
+    (("rollout.workers=2", "rollout.min_workers=3"), "rollout.min_workers = 3, rollout.workers = 2"),
+    (("rollout.workers=2", "rollout.max_workers=1"), "rollout.max_workers = 1 must not fall"),
     (("rollout.gpu_memory_fraction=0",), "gpu_memory_fraction"),
     (("learner.policy_optimizer.betas=[1.0, 1.0]",), "betas"),
     (("learner.policy_optimizer.betas=[0.9]",), "betas"),
