@@ -73,5 +73,6 @@ def run_on_cluster(
         text=True,
         timeout=timeout_s,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Several nodes on one busy machine take longer to start than the 30 s that Ray allows one.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_raylet_start_wait_time_s": "180"},
     )
