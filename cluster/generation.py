@@ -171,8 +171,7 @@ class Generation:
             self._began = monotonic()
             owed = list(self._owed.pop(member.index).values())
             others = self._workers.members
-            for other, share in zip(others, schedule.shares(len(owed), workers=len(others)), strict=True):
-                more = {owed[i].key: owed[i] for i in share}
+            for other, more in zip(others, schedule.dealt(owed, workers=len(others)), strict=True):
                 self._owed[other.index] |= more
                 if more and other not in self._starting.values():  # else it is asked when it has started
                     self._ask(other, more)

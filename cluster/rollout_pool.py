@@ -65,11 +65,9 @@ class RolloutPool:
 
     def generate(self, requests: Sequence[RolloutRequest], *, policy_version: int) -> Iterator[Finished]:
         """Yield each response as it is finished; what a lost worker owed is asked of its replacement."""
-        shares = schedule.shares(len(requests), workers=len(self._pool.members))
-        owed = {
-            member.index: {requests[i].key: requests[i] for i in share}
-            for member, share in zip(self._pool.members, shares, strict=True)
-        }
+        members = self._pool.members
+        parts = schedule.dealt(requests, workers=len(members))
+        owed = {member.index: part for member, part in zip(members, parts, strict=True)}
         batch = Generation(self, self._watch, owed, policy_version=policy_version)
         with self._measured.measuring("generate", size=len(requests)):
             yield from batch.responses(bound=lambda: self._measured.bound("generate", size=len(requests)))
