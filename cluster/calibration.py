@@ -1,10 +1,12 @@
-"""The zero and the unit of every reward, fixed once on samples of the reference policy and kept with the run.
+"""The zero and the unit of every reward, fixed once on anchor responses and kept with the run.
 
 Clip, truncation penalty, kl_beta and apa_lambda are in units of the score, so a score must have some: mean 0 and
-standard deviation 1 on reference samples (algorithms: reward-model normalisation, anchor `ref_policy`).
+standard deviation 1 on the anchor responses. These are samples of the reference policy (as in Ziegler et al. 2019) or
+demonstrations (as in Ouyang et al. 2022).
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,69 @@ from numpy.typing import NDArray
 from configs.run import RunConfig
 from configs.scoring import ModelRewardConfig
 from learner.export import store_calibration
-from protocol.messages import Prompt
+from learner.supervised_loop import encode_pair
+from protocol.datasets import ReadReport, read_demonstrations
+from protocol.errors import UserError
+from protocol.messages import PolicyVersions, Prompt, Rollout, RolloutKey
+from protocol.records import text_of
 from reward_service import scoring
 from reward_service.scoring import Calibration
 
-ANCHOR = "ref_policy"
+_LOG = logging.getLogger(__name__)
+
+
+def demonstrated(config: RunConfig, tokenizer: Any, *, iteration: int) -> list[Rollout]:
+    """Read the first demonstrations, as the scoring workers take responses.
+
+    Nobody sampled them: their behaviour log-probs are zeros that nothing reads.
+
+    Args:
+        config: The run's configuration; it has demonstrations.
+        tokenizer: The policy's.
+        iteration: Of their keys.
+
+    Returns:
+        `scoring.calibration_responses` of them, or as many as there are.
+
+    Raises:
+        UserError: If fewer than two fit into the lengths of rollouts.
+    """
+    source = config.data.demonstrations
+    assert source is not None
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    report = ReadReport(source=source.source)
+    records = read_demonstrations(
+        source.source, split=source.split, seed=config.run.seed, count=source.count, report=report
+    )
+    rollouts: list[Rollout] = []
+    for number, record in enumerate(records, start=1):
+        prompt_ids, response_ids = encode_pair(tokenizer, record.prompt, record.completion)
+        if len(prompt_ids) + len(response_ids) > longest:
+            report.drop(f"longer than {longest} tokens", f"demonstration {number}")
+            continue
+        name = f"demonstration-{number}"
+        rollouts.append(
+            Rollout(
+                key=RolloutKey(0, iteration, name, 0),
+                prompt=Prompt(prompt_id=name, token_ids=prompt_ids, text=text_of(record.prompt), source=record.prompt),
+                response_ids=response_ids,
+                behavior_logprobs=np.zeros(len(response_ids), np.float32),
+                finish_reason="stop",
+                policy_versions=PolicyVersions(0, 0),
+                worker="demonstrations",
+            )
+        )
+        if len(rollouts) == config.scoring.calibration_responses:
+            break
+    if len(rollouts) < 2:
+        raise UserError(
+            f"calibration needs two demonstrations or more, and {len(rollouts)} can be used: {report.summary()}",
+            where="data.demonstrations",
+            next_step="set scoring.calibration_anchor=ref_policy",
+        )
+    if report.num_dropped:
+        _LOG.warning("calibration on demonstrations: %s", report.summary())
+    return rollouts
 
 
 def calibrate(
@@ -28,9 +88,9 @@ def calibrate(
     """Compute gain and bias of every reward that is normalised.
 
     Args:
-        raw: Component name -> [B] raw scores of reference samples.
+        raw: Component name -> [B] raw scores of the anchor responses.
         config: The run's configuration.
-        prompts: The prompts of the samples.
+        prompts: The prompts that they answer.
 
     Returns:
         Component name -> gain, bias, anchor, number of samples, and the hash of the prompt set.
@@ -48,7 +108,7 @@ def calibrate(
             result[name] = {
                 "gain": found.gain,
                 "bias": found.bias,
-                "anchor": ANCHOR,
+                "anchor": config.scoring.calibration_anchor,
                 "num_responses": len(scores),
                 "prompts_sha256": sha256,
             }

@@ -3,6 +3,9 @@
 A checkpoint is staged under a hidden name, seen to the disk and renamed into place under a name that is free, so a
 commit takes nothing away. What is no longer needed goes after the new one has been verified: first its name, then its
 files. So wherever a crash strikes, the newest checkpoint that was acknowledged is there and verifies.
+
+The two halves of a commit are apart: `stage` writes, and what it writes must not change meanwhile; `finish` needs
+nothing but the files, so that the run may go on.
 """
 
 import json
@@ -11,7 +14,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,8 @@ class Checkpoint:
     driver: dict[str, Any]
     """The driver's own state: phase, counters, prompt cursor."""
     config_hash: str
+    num_bytes: int
+    """The size of all its files but the manifest."""
 
     @property
     def name(self) -> str:
@@ -57,15 +63,26 @@ def place_of(name: str) -> tuple[int, int, int] | None:
     return None if found is None else (int(found[1]), int(found[2]), int(found[3] or 1))
 
 
-def commit(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staged:
+    """A checkpoint in the making: all of its parts are written, none of it is certain to be on the disk."""
+
+    directory: Path
+    """Under a hidden name beside the checkpoints."""
+    name: str
+    driver: dict[str, Any]
+    config_hash: str
+
+
+def stage(
     root: Path,
     name: str,
     *,
     driver: dict[str, Any],
     config_hash: str,
     write_parts: Callable[[Path], None],
-) -> Checkpoint:
-    """Write one checkpoint. When this returns, it is on the disk; nothing that was there before has been touched.
+) -> Staged:
+    """Write the parts of a checkpoint, none of which may change until this returns; the first half of a commit.
 
     Args:
         root: The run's `checkpoints/` directory.
@@ -76,7 +93,7 @@ def commit(
         write_parts: Called with the staging directory; every other part of the state is written there.
 
     Returns:
-        The committed checkpoint.
+        What `finish` makes a checkpoint of. Nothing is left of it if this raises.
 
     Raises:
         ValueError: If the name is none of `name_of`'s.
@@ -87,19 +104,40 @@ def commit(
     # A name of its own: a learner rank that outlived its driver may still be writing into the one before.
     staging = root / f"{_STAGING}{name}-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
-    try:
+    with _nothing_left(staging):
         write_parts(staging)
         (staging / DRIVER_STATE).write_text(json.dumps(driver))
-        manifest.write(staging, config_hash=config_hash)
-        sync_tree(staging)
-        target = _free(root, name)
-        staging.rename(target)
-    except Exception:
-        # A full disk is no place to leave half a checkpoint on.
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    return Staged(directory=staging, name=name, driver=driver, config_hash=config_hash)
+
+
+def finish(staged: Staged) -> Checkpoint:
+    """Make a checkpoint of what is staged; the second half of a commit, and the one that takes long.
+
+    When this returns, it is on the disk; nothing that was there before has been touched.
+
+    Returns:
+        The committed checkpoint. Nothing is left of what was staged if this raises.
+    """
+    root = staged.directory.parent
+    with _nothing_left(staged.directory):
+        found = manifest.write(staged.directory, config_hash=staged.config_hash)
+        sync_tree(staged.directory)
+        target = _free(root, staged.name)
+        staged.directory.rename(target)
     sync(root)
-    return Checkpoint(directory=target, driver=driver, config_hash=config_hash)
+    return Checkpoint(directory=target, driver=staged.driver, config_hash=staged.config_hash, num_bytes=found.num_bytes)
+
+
+def commit(
+    root: Path,
+    name: str,
+    *,
+    driver: dict[str, Any],
+    config_hash: str,
+    write_parts: Callable[[Path], None],
+) -> Checkpoint:
+    """Stage and finish a checkpoint, for those who can wait for both; the arguments are those of `stage`."""
+    return finish(stage(root, name, driver=driver, config_hash=config_hash, write_parts=write_parts))
 
 
 def verify(directory: Path) -> Checkpoint:
@@ -170,8 +208,16 @@ def retain(root: Path, latest: Checkpoint, *, choose: Callable[[Sequence[Checkpo
     keep = {latest.name, *choose([*by_place.values(), latest])}
     for directory in directories:
         if directory.name not in keep:
-            _discard(directory)
+            discard(directory)
     tidy(root)
+
+
+def discard(directory: Path) -> None:
+    """Take a checkpoint's name away for good before the first of its files, so that half of it is never a candidate."""
+    hidden = directory.with_name(f"{_DISCARDED}{directory.name}-{uuid.uuid4().hex[:8]}")
+    directory.rename(hidden)
+    sync(directory.parent)
+    _remove(hidden)
 
 
 def tidy(root: Path) -> None:
@@ -194,7 +240,7 @@ def _checkpoint(directory: Path, found: manifest.Manifest) -> Checkpoint:
         raise CheckpointError(f"{directory}: {DRIVER_STATE} cannot be read: {error}") from None
     if DRIVER_STATE not in found.files or not isinstance(driver, dict):
         raise CheckpointError(f"{directory}: {DRIVER_STATE} holds no driver's state")
-    return Checkpoint(directory=directory, driver=driver, config_hash=found.config_hash)
+    return Checkpoint(directory=directory, driver=driver, config_hash=found.config_hash, num_bytes=found.num_bytes)
 
 
 def _glance(directory: Path) -> Checkpoint | None:
@@ -208,20 +254,22 @@ def _glance(directory: Path) -> Checkpoint | None:
         return None
 
 
+@contextmanager
+def _nothing_left(staging: Path) -> Generator[None]:
+    """Give the space back if the block fails: a full disk is no place to leave half a checkpoint on."""
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
 def _free(root: Path, name: str) -> Path:
     attempt, target = 1, root / name
     while os.path.lexists(target):
         attempt += 1
         target = root / f"{name}.{attempt:02d}"
     return target
-
-
-def _discard(directory: Path) -> None:
-    """Take a checkpoint's name away for good before the first of its files, so that half of it is never a candidate."""
-    hidden = directory.with_name(f"{_DISCARDED}{directory.name}-{uuid.uuid4().hex[:8]}")
-    directory.rename(hidden)
-    sync(directory.parent)
-    _remove(hidden)
 
 
 def _remove(path: Path) -> None:

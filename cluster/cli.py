@@ -32,9 +32,11 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
 ckpt_app = typer.Typer(no_args_is_help=True, help="List and verify checkpoints.")
 workers_app = typer.Typer(no_args_is_help=True, help="Change who works on a run while it goes on.")
+incident_app = typer.Typer(no_args_is_help=True, help="Look at what went wrong in a run.")
 app.add_typer(data_app, name="data")
 app.add_typer(workers_app, name="workers")
 app.add_typer(ckpt_app, name="ckpt")
+app.add_typer(incident_app, name="incident")
 app.add_typer(label_app, name="label")
 
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -330,6 +332,14 @@ def workers_drain(
     _run_config(run)
     ask_to_leave(RunDirectory(run).leaving, name)
     _console.print(f"{name} leaves {run} before the next version is published", highlight=False, markup=False)
+
+
+@incident_app.command("show")
+def incident_show(file: Annotated[Path, typer.Argument(help="A .json file of a run's incidents/.")]) -> None:
+    """Show an incident, and of a failed reward the first responses it was asked about."""
+    from cluster.incident_show import described
+
+    _console.print(described(file), markup=False, highlight=False, soft_wrap=True)
 
 
 @data_app.command("inspect")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from configs.addresses import without_passwords
+
 _NEEDED = {"torch": "2.13.0", "transformers": "5.19.0", "ray": "2.60.0", "deepspeed": "0.19.8", "pydantic": "2.14.3"}
 _MIN_MEMORY_GIB = 10
 _MIN_DISK_GIB = 5
@@ -28,7 +30,11 @@ def examine() -> list[Finding]:
 
 def _python() -> list[Finding]:
     found = ".".join(map(str, sys.version_info[:3]))
-    return [Finding(sys.version_info[:2] == (3, 11), f"Python {found} (3.11 is needed)")]
+    version_found = Finding(sys.version_info[:2] == (3, 11), f"Python {found} (3.11 is needed)")
+    if sys.flags.optimize:
+        # Checks of vLLM's and of ours are assertions.
+        return [version_found, Finding(False, "assertions are switched off; next: unset PYTHONOPTIMIZE, drop -O")]
+    return [version_found]
 
 
 def _packages() -> list[Finding]:
@@ -91,4 +97,8 @@ def _exposure() -> list[Finding]:
         return [Finding(True, "no RAY_ADDRESS: a run starts a Ray of its own, with token authentication")]
     token = os.environ.get("RAY_AUTH_MODE") == "token"
     hint = "" if token else "; next: start the cluster with RAY_AUTH_MODE=token and a token"
-    return [Finding(token, f"RAY_ADDRESS={address} with{'' if token else 'out'} token authentication{hint}")]
+    return [
+        Finding(
+            token, f"RAY_ADDRESS={without_passwords(address)} with{'' if token else 'out'} token authentication{hint}"
+        )
+    ]

@@ -77,8 +77,13 @@ class Elastic:
         self._candidate: _Candidate | None = None
         self._refused: set[str] = set()
 
-    def renew(self) -> None:
-        """Let workers leave and join. It waits for nobody: who has not started yet joins another time."""
+    def renew(self) -> bool:
+        """Let workers leave and join. It waits for nobody: who has not started yet joins another time.
+
+        Returns:
+            Whether anybody has left or joined.
+        """
+        before = [member.name for member in self._pool.members]
         draining = self._surroundings.draining()
         self._let_leave(draining)
         self._let_join()
@@ -92,7 +97,9 @@ class Elastic:
                 _LOG.info("the cluster has room for %s; it starts", member.name)
         elif not wanted:
             self._places.enough()
-        self._surroundings.note({member.name: str(member.node_id) for member in self._pool.members})
+        present = {member.name: str(member.node_id) for member in self._pool.members}
+        self._surroundings.note(present)
+        return list(present) != before
 
     def stop(self) -> None:
         """Give up what has been asked for."""

@@ -9,7 +9,6 @@ import numpy as np
 from cluster import schedule
 from cluster.schedule import EVALUATION
 from configs.run import RunConfig
-from protocol import metrics as names
 from protocol.messages import Prompt, RolloutKey
 from protocol.roles import Finished, RolloutPool, ScoredReferences, ScoringPool
 
@@ -25,8 +24,8 @@ class Evaluation:
     judged: dict[str, float]
     """Prompt id -> the score by which versions are compared (gold, or else the reward)."""
     judge: str
-    components: dict[str, float]
-    """Reward -> mean of its calibrated score, before combination and truncation."""
+    components: dict[str, dict[str, float]]
+    """Reward -> prompt id -> its calibrated score, before combination and truncation."""
     response_tokens: dict[str, int]
     """Prompt id -> length of the response."""
 
@@ -86,9 +85,7 @@ def summarise(batch: ScoredReferences, *, policy_version: int) -> Evaluation:
         judged={key.prompt_id: value for key, value in judged.items()},
         judge="score" if gold is None else GOLD,
         components={
-            name.removeprefix(names.SCORE_PREFIX): mean
-            for name, mean in summary.means.items()
-            if name.startswith(names.SCORE_PREFIX)
+            name: {key.prompt_id: value for key, value in scores.items()} for name, scores in summary.components.items()
         },
         response_tokens={meta.key.prompt_id: meta.response_tokens for meta in metas},
     )

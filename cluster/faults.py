@@ -3,7 +3,8 @@
     rondo train CONFIG --fault rollout-0:serving:kill@3 --fault learner-1:update:stop
 
 The first kills the process of rollout worker 0 while it samples in the iteration after three are done. `stop` halts a
-process as a hanging one would, `pause=SECONDS` halts it for a while only, `node` kills everything on the worker's node.
+process as a hanging one would, `pause=SECONDS` halts it for a while only. `slow=SECONDS` gives it a fifth of the time
+for so long, as a neighbour that takes the rest would. `node` kills everything on the worker's node.
 """
 
 import os
@@ -27,11 +28,13 @@ from protocol.errors import UserError
 
 _FAULT = re.compile(
     r"(?P<role>rollout|reward|reference|learner)-(?P<index>\d+):(?P<state>[a-z ]+)"
-    r":(?P<act>kill|stop|node|pause=(?P<seconds>\d+(\.\d+)?))(@(?P<iteration>\d+))?"
+    r":(?P<act>kill|stop|node|(pause|slow)=(?P<seconds>\d+(\.\d+)?))(@(?P<iteration>\d+))?"
 )
 _POLL_S = 0.002
 _ANSWER_S = 5.0
 _START_S = 60.0
+_RUNS_S, _HALTS_S = 0.05, 0.2
+"""Of a slow worker, in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ def parse(text: str) -> Fault:
             f"{text!r} is no fault",
             where="--fault",
             next_step="write ROLE-INDEX:STATE:ACT[@ITERATION], such as rollout-0:serving:kill@3; acts are kill, stop, "
-            "node and pause=SECONDS",
+            "node, pause=SECONDS and slow=SECONDS",
         )
     if found["act"] == "kill":
         signals: tuple[tuple[int, float], ...] = ((signal.SIGKILL, 0.0),)
@@ -69,6 +72,9 @@ def parse(text: str) -> Fault:
         signals = ((signal.SIGSTOP, 0.0),)
     elif found["act"] == "node":
         signals = ()
+    elif found["act"].startswith("slow"):
+        halts = max(1, round(float(found["seconds"]) / (_RUNS_S + _HALTS_S)))
+        signals = ((signal.SIGSTOP, _RUNS_S), (signal.SIGCONT, _HALTS_S)) * halts
     else:
         signals = ((signal.SIGSTOP, 0.0), (signal.SIGCONT, float(found["seconds"])))
     return Fault(

@@ -1,10 +1,12 @@
 """A run's incidents: a record each under `incidents/`, and a line each on the terminal."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from cluster.schedule import RunState
+from protocol.errors import StorageError
 from protocol.incidents import Incident, write
 
 
@@ -30,5 +32,21 @@ class IncidentLog:
         """Keep an incident."""
         state = self.state
         placed = replace(incident, round=state.round, iteration=state.iteration, policy_version=state.policy_version)
-        path = write(self._directory, placed)
-        self._say(f"incident: {placed.what}; {placed.action} ({path.parent.name}/{path.name})")
+        try:
+            where = _place(write(self._directory, placed))
+        except (OSError, StorageError) as error:
+            # The disk may be the very thing that is wrong; what happened is said all the same.
+            where = f"no record of it could be written: {error}; cause: {placed.cause}"
+        self._tell(placed.what, placed.action, where)
+
+    def kept(self, path: Path) -> None:
+        """Say that a worker has kept an incident of its own."""
+        record = json.loads(path.read_text(encoding="utf-8"))
+        self._tell(record["what"], record["action"], _place(path))
+
+    def _tell(self, what: str, action: str, where: str) -> None:
+        self._say(f"incident: {what}; {action} ({where})")
+
+
+def _place(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"

@@ -45,7 +45,9 @@ from cluster.tracking import (
 from configs.run import RunConfig
 from protocol import tokens
 from protocol.errors import LearnerLostError, UserError, WorkersLostError
+from protocol.files import write_json, writing
 from reward_service.preferences.store import PreferenceStore
+from reward_service.scoring import RewardError
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False, faults:
 
     Raises:
         UserError: If something about the configuration, the data or the cluster is wrong.
+        StorageError: If a disk is full, read-only or broken; the same command goes on when it is in order.
         RuntimeError: If the run failed; what it has committed can be resumed.
     """
     directory = run_directory.claim(config)
@@ -72,7 +75,8 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False, faults:
         if directory.finished.exists():
             console.print(f"{directory.root} is finished; nothing to do")
         else:
-            _run(config, directory, console, verbose=verbose, faults=faults)
+            with writing(directory.root):
+                _run(config, directory, console, verbose=verbose, faults=faults)
         show_result(directory, console)
         return directory
     except UserError:
@@ -108,6 +112,10 @@ def _run(
                 raise
             except Stopped:
                 _save_what_stands(stages)
+                raise
+            except RewardError as error:
+                if error.incident is not None:
+                    stages.incidents.kept(Path(error.incident))
                 raise
             finally:
                 injector.stop()
@@ -214,7 +222,7 @@ def _sinks(config: RunConfig, directory: RunDirectory, console: Console, *, done
 
 
 def _finish(directory: RunDirectory, state: RunState) -> None:
-    directory.finished.write_text(json.dumps(state.to_json()))
+    write_json(directory.finished, state.to_json())
 
 
 def show_result(directory: RunDirectory, console: Console) -> None:

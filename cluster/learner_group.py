@@ -14,7 +14,7 @@ from cluster.pool import Member
 from cluster.stacks import stacks_of
 from cluster.supervision import DeadlineError, Handle, PlaceWatch, Watch, first_line, wait
 from configs.run import RunConfig
-from protocol.errors import LearnerLostError, NoPlaceError, UserError
+from protocol.errors import BatchRefusedError, LearnerLostError, NoPlaceError, RollbackError, UserError
 from protocol.messages import RolloutKey, SampleText, UpdateReport
 from protocol.roles import Payload, Publication, ScoredReferences
 from protocol.weights import Rendezvous, WeightManifest
@@ -36,6 +36,7 @@ class LearnerGroup:
         self._measured = Deadlines(self._deadlines)
         self._starting: PlaceWatch | None = None
         self._transfer = config.rollout.weight_transfer
+        self._rolls_back = config.learner.on_nonfinite == "rollback"
         self._watch = Watch(silence_s=self._deadlines.silence_s)
         names = [f"learner-{rank}" for rank in range(config.learner.workers)]
         self.members = [Member(index=rank, name=name, handle=make(rank, name)) for rank, name in enumerate(names)]
@@ -85,13 +86,21 @@ class LearnerGroup:
 
         Raises:
             LostDataError: If some of it is gone; the ranks are where they were.
+            RollbackError: If the ranks refuse the batch and shall go back to the last checkpoint.
+            BatchRefusedError: If they refuse it and the run shall stop.
         """
         groups = [(list(group.rollouts), group.rewards, group.reference) for group in batch.groups]
         tokens = sum(meta.response_tokens for meta in batch.metas)
         # All ranks have the batch before one begins: if any of it is gone, nothing has been learned.
         self._on(self._ranks, "learn", "receive", groups, size=tokens)
         self.updates += 1  # whatever becomes of it, the ranks are not where they were
-        return self._on(self._ranks, "learn", "update", size=tokens, round=round, iteration=iteration)[0]
+        place = {"round": round, "iteration": iteration}
+        try:
+            return self._on(self._ranks, "learn", "update", size=tokens, **place)[0]
+        except BatchRefusedError as error:
+            if self._rolls_back:
+                raise RollbackError(str(error), **place) from error
+            raise
 
     def publish(self, *, policy_version: int) -> Publication:
         """Make a new version: collect references to its buckets as rank 0 gathers them, or announce a broadcast."""

@@ -38,25 +38,35 @@ class Manifest:
     files: Mapping[str, Entry]
     """By path below the checkpoint, with slashes."""
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of all files together."""
+        return sum(entry.num_bytes for entry in self.files.values())
 
-def write(directory: Path, *, config_hash: str) -> None:
+
+def write(directory: Path, *, config_hash: str) -> Manifest:
     """Describe all files of a directory, and then the description itself.
 
     Args:
         directory: Holds every other file of the checkpoint already.
         config_hash: Which configuration the state belongs to.
 
+    Returns:
+        What was written.
+
     Raises:
         CheckpointError: If it holds something that could not be verified later, such as a symlink.
     """
     files = {
-        name: {"sha256": _sha256(directory / name), "bytes": (directory / name).stat().st_size}
+        name: Entry(sha256=_sha256(directory / name), num_bytes=(directory / name).stat().st_size)
         for name in sorted(_files(directory))
     }
-    values = {"format_version": FORMAT_VERSION, "config_hash": config_hash, "files": files}
+    described = {name: {"sha256": entry.sha256, "bytes": entry.num_bytes} for name, entry in files.items()}
+    values = {"format_version": FORMAT_VERSION, "config_hash": config_hash, "files": described}
     content = json.dumps(values, indent=1).encode()
     (directory / MANIFEST).write_bytes(content)
     (directory / DIGEST).write_bytes(_digest_line(content))
+    return Manifest(config_hash=config_hash, files=files)
 
 
 def read(directory: Path) -> Manifest:

@@ -71,7 +71,8 @@ def render(config: RunConfig) -> RenderableType:
     )
     head = Text(
         f"run {config.run.name}, config {config_hash(config)}, algorithm {config.algorithm.name}, "
-        f"seed {config.run.seed}, ZeRO-{config.learner.zero_stage} {config.learner.precision}\nrewards: {rewards}"
+        f"seed {config.run.seed}, ZeRO-{config.learner.zero_stage} {config.learner.precision}\n"
+        f"rewards ({config.scoring.combine.kind}): {rewards}"
     )
     arithmetic = Table(title="Batch arithmetic", title_justify="left", show_header=False)
     arithmetic.add_column()

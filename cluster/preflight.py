@@ -3,20 +3,27 @@
 A wrong path, a broken row or a prompt that is too long ends the command within seconds, not after an hour of training.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from cluster.prompts import encode_prompts
 from configs.data import SourceConfig
 from configs.run import RunConfig
-from configs.scoring import FunctionRewardConfig
+from configs.scoring import FunctionRewardConfig, HTTPRewardConfig
 from protocol import datasets
+from protocol.errors import UserError
+from protocol.records import text_of
 from protocol.tokens import load_tokenizer, tokenizer_from
 from reward_service.functions import import_function
+from reward_service.posting import Endpoint
+
+_LOG = logging.getLogger(__name__)
+_HELD_OUT = "data.eval_prompts"
 
 
 def check(config: RunConfig) -> None:
-    """Read all local data, encode all prompts, and import all functions that the configuration names.
+    """Read all local data, encode all prompts, import all functions and find all tokens that the configuration names.
 
     Hub data sets are opened and their first row is read; they are checked in full when they are used.
 
@@ -29,22 +36,57 @@ def check(config: RunConfig) -> None:
     for source in _sources(config):
         datasets.peek(source.source, split=source.split)
     _import_functions(config)
+    for reward in config.scoring.rewards:
+        if isinstance(reward, HTTPRewardConfig):
+            Endpoint(reward.url, where=f"reward {reward.name}", token_env=reward.token_env)
     tokenizer = _tokenizer(config)
-    for prompts, count in (
-        (config.data.prompts, config.data.prompts.count),
-        (config.data.eval_prompts, evaluation_count(config)),
+    data, seed = config.data, config.run.seed
+    seen: dict[str, set[str]] = {}
+    for name, source, count in (
+        ("data.prompts", data.prompts, None if data.prompts is None else data.prompts.count),
+        (_HELD_OUT, data.eval_prompts, evaluation_count(config)),
     ):
-        if prompts is not None and datasets.is_local(prompts.source):
-            records = datasets.read_prompts(prompts.source, split=prompts.split, seed=config.run.seed, count=count)
-            encode_prompts(
-                records, tokenizer, max_tokens=config.rollout.max_prompt_tokens, overlong=config.data.overlong_prompts
+        if source is not None and datasets.is_local(source.source):
+            records = datasets.read_prompts(source.source, split=source.split, seed=seed, count=count)
+            prompts, _ = encode_prompts(
+                records, tokenizer, max_tokens=config.rollout.max_prompt_tokens, overlong=data.overlong_prompts
             )
-    preferences = config.data.preferences
-    if preferences is not None and datasets.is_local(preferences.source):
-        for _ in datasets.read_preferences(
-            preferences.source, split=preferences.split, seed=config.run.seed, count=preferences.count
-        ):
+            seen[name] = {prompt.text for prompt in prompts}
+    for name, source, read in (
+        ("data.demonstrations", data.demonstrations, datasets.read_demonstrations),
+        ("data.preferences", data.preferences, datasets.read_preferences),
+    ):
+        if source is not None and datasets.is_local(source.source):
+            seen[name] = {
+                text_of(record.prompt)
+                for record in read(source.source, split=source.split, seed=seed, count=source.count)
+            }
+    require_held_out(seen.pop(_HELD_OUT, set()), seen)
+
+
+def require_held_out(held_out: Collection[str], seen: Mapping[str, Collection[str]]) -> None:
+    """Check that the prompts which policies are compared on are not those that they learn from.
+
+    Args:
+        held_out: The texts of the evaluation's prompts.
+        seen: Where a run learns -> the texts of the prompts there.
+
+    Raises:
+        UserError: If more than half of the held-out prompts are among them; fewer are a warning.
+    """
+    for name, texts in seen.items():
+        shared = sorted(set(held_out) & set(texts))
+        if not shared:
             continue
+        what = f"{len(shared)} of {len(held_out)} prompts of {_HELD_OUT} are in {name} too, such as {shared[0][:80]!r}"
+        if 2 * len(shared) > len(held_out):
+            raise UserError(
+                what,
+                where=_HELD_OUT,
+                cause="a policy would be judged on what it has learned",
+                next_step=f"take them from another split or file than {name}",
+            )
+        _LOG.warning("%s: the evaluation is not all held out", what)
 
 
 def evaluation_count(config: RunConfig) -> int:

@@ -214,18 +214,23 @@ class Ranking:
     def _drift(self, found: ladder.Ladder, state: RunState, opponents: Sequence[int]) -> list[dict[str, Any]]:
         """Compare the lead that the reward model predicts with the measured one.
 
-        Only a lone reward model predicts one: its raw scores are log-odds, a combination's are not.
+        Only a lone reward model predicts one, trained without margins: its raw scores are log-odds.
         """
         rewards = self._config.scoring.rewards
         if len(rewards) != 1 or not isinstance(rewards[0], ModelRewardConfig):
             return []
+        if self._config.learner.reward_model.margin != "none":
+            return []
         constants = json.loads(self._directory.calibrations(state.round).read_text())[rewards[0].name]
         version = state.policy_version
-        means = {
-            _name(number): self._evaluated(number).components[rewards[0].name] / constants["gain"]
+        scores = {
+            _name(number): {
+                prompt: score / constants["gain"]
+                for prompt, score in self._evaluated(number).components[rewards[0].name].items()
+            }
             for number in (version, *opponents)
         }
-        drifts = [ladder.drift(found, means, version=_name(version), over=_name(other)) for other in opponents]
+        drifts = [ladder.drift(found, scores, version=_name(version), over=_name(other)) for other in opponents]
         for drift in drifts:
             if drift.alarm:
                 _LOG.warning(

@@ -8,8 +8,8 @@ from typing import Any
 from cluster.lineage import Artefact
 from cluster.report_parts import Cell, Folded, Node, Section, Table, clipped, number
 from cluster.report_record import Record
+from configs.addresses import HIDDEN, without_passwords
 
-HIDDEN = "(hidden)"
 _MAX_INCIDENTS = 20
 _MAX_CHARS = 6_000
 _SECRET_WORDS = {
@@ -24,7 +24,6 @@ _SECRET_WORDS = {
     "bearer",
 }
 _SECRET_KEYS = re.compile(r"(^|_)(api|access|private|secret|signing)_key$")
-_IN_URL = re.compile(r"(?<=://)([^/\s:@]*):([^/\s@]+)@")
 _KINDS = {"policy": "policy", "reward_model": "reward model", "comparisons": "comparisons"}
 
 
@@ -38,19 +37,21 @@ def incidents_section(record: Record) -> Section:
     rows: list[tuple[str | Cell, ...]] = []
     folded: list[Folded] = []
     for name, incident in record.incidents.items():
-        kind, what = "file", "kept for a post-mortem"
+        kind, what, command = "file", "kept for a post-mortem", ""
         if isinstance(incident, dict):
             kind, what = str(incident.get("kind", "incident")), str(incident.get("what", ""))
+            command = str(incident.get("reproduce", ""))
             if len(folded) < _MAX_INCIDENTS:
                 text = json.dumps(without_secrets(incident), indent=1, ensure_ascii=False, default=str)
-                folded.append(Folded(title=clipped(name, 200), text=clipped(_no_password(text), _MAX_CHARS)))
-        rows.append((clipped(name, 200), clipped(kind.replace("_", " "), 80), clipped(_no_password(what), 500)))
+                folded.append(Folded(title=clipped(name, 200), text=clipped(without_passwords(text), _MAX_CHARS)))
+        texts = (clipped(without_passwords(what), 500), clipped(without_passwords(command), 500))
+        rows.append((clipped(name, 200), clipped(kind.replace("_", " "), 80), *texts))
     prose = [] if alarms or rows else ["No guard raised an alarm, and nothing was recorded under incidents/."]
     tables = ()
     if rows:
         caption = "Incidents, oldest first"
-        columns = ("file", "kind", "what happened")
-        tables = (Table(caption=caption, columns=columns, rows=tuple(rows), text_columns=frozenset({0, 1, 2})),)
+        columns = ("file", "kind", "what happened", "see or repeat it with")
+        tables = (Table(caption=caption, columns=columns, rows=tuple(rows), text_columns=frozenset({0, 1, 2, 3})),)
     return Section(
         anchor="incidents",
         title="Incidents and alarms",
@@ -86,7 +87,7 @@ def config_section(record: Record) -> Section:
         Table(
             caption=name,
             columns=("key", "value"),
-            rows=tuple((key, clipped(_no_password(value), 2_000)) for key, value in flattened(values, name)),
+            rows=tuple((key, clipped(without_passwords(value), 2_000)) for key, value in flattened(values, name)),
             text_columns=frozenset({0, 1}),
             fold=True,
         )
@@ -123,11 +124,6 @@ def _is_secret(key: str, value: Any) -> bool:
     if name.endswith("_env") or value is None or isinstance(value, bool):
         return False
     return bool(_SECRET_WORDS & set(name.split("_"))) or _SECRET_KEYS.search(name) is not None
-
-
-def _no_password(text: str) -> str:
-    """Take the password out of every URL in a text."""
-    return _IN_URL.sub(rf"\1:{HIDDEN}@", text)
 
 
 def _nodes(

@@ -6,6 +6,7 @@ from typing import Any
 from cluster.report_parts import Fact, Section, duration, interval, listed, number, percent, plural, signed
 from cluster.report_record import Record
 from cluster.schedule import Phase
+from configs.addresses import without_passwords
 from configs.data import SourceConfig
 from configs.labels import JudgeConfig, LabelerConfig, PeopleConfig, RewardModelLabelerConfig
 from configs.scoring import ModelRewardConfig
@@ -218,7 +219,8 @@ def _position(record: Record) -> list[str]:
 
 
 def _source(source: SourceConfig) -> str:
-    return source.source if source.count is None else f"{source.source}, {source.count:,} rows"
+    name = without_passwords(source.source)
+    return name if source.count is None else f"{name}, {source.count:,} rows"
 
 
 def _who(labeler: LabelerConfig) -> str:

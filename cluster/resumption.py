@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cluster import checkpoint
 from cluster.checkpoint import Checkpoint
+from cluster.resizing import new_run_command
 from cluster.run_directory import differences
 from configs.load import ConfigError, config_hash, dump
 from configs.run import RunConfig
@@ -35,12 +36,16 @@ def newest(root: Path, config: RunConfig) -> Checkpoint | None:
         return None
     differing = config_differences(found, config)
     if differing:
+        command = new_run_command(root.parent, config, differing)
+        another = "start a run of another name with the new one"
+        if command is not None:
+            another = f"start a new run from this one's newest policy, on a learner of the new size, with `{command}`"
         raise UserError(
             f"the checkpoint is of another configuration: {'; '.join(differing[:4])}",
             where=str(found.directory),
             cause="the run's config.yaml was edited, or the checkpoint was copied here from another run",
             next_step=f"restore the configuration with `cp {found.directory / _CONFIG} {root.parent / _CONFIG}`, or "
-            "start a run of another name with the new one",
+            + another,
         )
     return found
 

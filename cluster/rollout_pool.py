@@ -74,8 +74,8 @@ class RolloutPool:
 
     def load(self, publication: Publication) -> tuple[VersionProof, ...]:
         """Bring every worker to the published version and have each prove it; before that, let workers come and go."""
-        if self._elastic is not None:
-            self._elastic.renew()
+        if self._elastic is not None and self._elastic.renew():
+            self._measured.forget()  # another number of workers takes another time
         self._publication = publication
         with self._measured.measuring("publish"):
             if publication.broadcast is None:

@@ -7,9 +7,10 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.resizing import new_run_command
 from configs.load import ConfigError, config_hash, dump, load
 from configs.run import RunConfig
-from protocol.errors import UserError
+from protocol.errors import StorageError, UserError
 from protocol.files import make_directory, write_text
 
 _LOCK = ".lock"
@@ -67,7 +68,7 @@ class RunDirectory:
 
     @property
     def reference_samples(self) -> Path:
-        """The reference policy's responses that fix the zero and the unit of every reward model."""
+        """The anchor responses, which fix the zero and the unit of every reward."""
         return self.root / "evaluations" / "reference.jsonl"
 
     @property
@@ -159,7 +160,7 @@ def claim(config: RunConfig) -> RunDirectory:
         make_directory(root)
         if not directory.config.exists():
             write_text(directory.config, f"# config {config_hash(config)}\n{dump(config)}")
-    except OSError as error:
+    except (OSError, StorageError) as error:
         raise UserError(
             f"cannot write the run directory: {error}",
             where=str(root),
@@ -179,12 +180,17 @@ def check_same(directory: RunDirectory, config: RunConfig) -> None:
     except ConfigError as error:
         raise UserError(f"the configuration of the run that is there cannot be read: {error}") from None
     if differing:
+        command = new_run_command(directory.root, config, differing)
+        another = "give the new run another name with run.name=NAME" if command is None else _anew(command)
         raise UserError(
             f"the directory holds a run with another configuration: {'; '.join(differing[:4])}",
             where=str(directory.root),
-            next_step="give the new run another name with run.name=NAME, or continue the old one with "
-            f"`rondo resume {directory.root}`",
+            next_step=f"{another}, or continue the old one with `rondo resume {directory.root}`",
         )
+
+
+def _anew(command: str) -> str:
+    return f"start a new run from this one's newest policy, on a learner of the new size, with `{command}`"
 
 
 def differences(stored: Path, config: RunConfig) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from protocol.errors import UserError
 from protocol.files import write_text
 from protocol.messages import PolicyVersions, Prompt, Rollout, RolloutKey
 
@@ -23,9 +24,25 @@ def write(path: Path, rollouts: Sequence[Rollout]) -> None:
 
 
 def read(path: Path) -> list[Rollout]:
-    """Read what `write` wrote, bit for bit."""
-    with path.open(encoding="utf-8") as file:
-        return [_from_json(json.loads(line)) for line in file]
+    """Read what `write` wrote, bit for bit.
+
+    Raises:
+        UserError: If the file is damaged, with the line.
+    """
+    found: list[Rollout] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                found.append(_from_json(json.loads(line)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            "the responses that are kept here cannot be read",
+            where=f"{path}, line {len(found) + 1}",
+            cause=f"the file is cut off or damaged ({type(error).__name__}: {error})",
+            next_step=f"restore it from a copy; or `rm {path}` and give the same command again: they are sampled anew, "
+            "from the same policy with the same seeds",
+        ) from error
+    return found
 
 
 def _to_json(rollout: Rollout) -> dict[str, Any]:

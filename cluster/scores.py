@@ -15,7 +15,9 @@ from cluster.schedule import CALIBRATION, RunState
 from cluster.scoring_pool import ScoringPool
 from configs.run import RunConfig
 from protocol.files import write_json
+from protocol.messages import Rollout
 from protocol.roles import Finished
+from protocol.tokens import load_tokenizer
 
 
 class Scores:
@@ -87,22 +89,29 @@ class Scores:
         return self._evaluations[version]
 
     def _calibrated(self, state: RunState) -> dict[str, dict[str, Any]]:
-        """Score the reference samples, which are sampled once in a run, with this round's reward models."""
+        """Score the anchor responses, which stay the same for a whole run, with this round's reward models."""
         path = self._directory.reference_samples
         if not path.exists():
-            rollouts = self._crew.sampling(0)
-            training = self._prompts.training()
-            count = min(self._config.scoring.calibration_responses, len(training))
-            prompts = PromptStream(training, seed=self._config.run.seed + 1).take(count)
-            requests = schedule.requests(prompts, self._config, round=0, iteration=CALIBRATION, samples=1)
-            finished = {f.meta.key: f for f in rollouts.generate(requests, policy_version=0)}
-            samples.write(path, rollouts.fetch([finished[request.key] for request in requests]))
+            samples.write(path, self._anchors())
         responses = samples.read(path)
         raw = self._load_reward_models(state).raw_scores([finished.payload for finished in put(responses)])
         found = calibration.calibrate(raw, self._config, prompts=[rollout.prompt for rollout in responses])
         if state.reward_version is not None:
             calibration.store_with_model(found, self._config, self._directory.reward_model(state.reward_version))
         return found
+
+    def _anchors(self) -> list[Rollout]:
+        """Have the responses whose scores are the zero and the unit: demonstrations, or samples of the reference."""
+        if self._config.scoring.calibration_anchor == "demonstrations":
+            tokenizer = load_tokenizer(self._directory.policy(0))
+            return calibration.demonstrated(self._config, tokenizer, iteration=CALIBRATION)
+        rollouts = self._crew.sampling(0)
+        training = self._prompts.training()
+        count = min(self._config.scoring.calibration_responses, len(training))
+        prompts = PromptStream(training, seed=self._config.run.seed + 1).take(count)
+        requests = schedule.requests(prompts, self._config, round=0, iteration=CALIBRATION, samples=1)
+        finished = {f.meta.key: f for f in rollouts.generate(requests, policy_version=0)}
+        return rollouts.fetch([finished[request.key] for request in requests])
 
     def _load_reward_models(self, state: RunState) -> ScoringPool:
         """Have the scoring workers hold this round's reward models."""

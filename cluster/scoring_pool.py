@@ -255,10 +255,14 @@ def summarise(
         name: {key: float(g) for part in rewards for key, g in zip(part.keys, part.gold[name], strict=True)}
         for name in rewards[0].gold
     }
+    components = {
+        name: {key: float(s) for part in rewards for key, s in zip(part.keys, part.components[name], strict=True)}
+        for name in rewards[0].components
+    }
     means = {names.OBJECTIVE_SCORE: float(np.mean(list(scores.values())))}
-    for name in rewards[0].components:
-        means[names.SCORE_PREFIX + name] = float(np.mean(np.concatenate([part.components[name] for part in rewards])))
-    if trained is not None and HELDOUT in rewards[0].components:
+    for name, values in components.items():
+        means[names.SCORE_PREFIX + name] = float(np.mean(list(values.values())))
+    if trained is not None and HELDOUT in components:
         means[names.HELDOUT_GAP] = means[names.SCORE_PREFIX + trained] - means[names.SCORE_PREFIX + HELDOUT]
     for name, values in gold.items():
         means[names.GOLD_PREFIX + name] = float(np.mean(list(values.values())))
@@ -266,4 +270,4 @@ def summarise(
         names.BUSY_REWARD: sum(part.busy_s for part in rewards),
         names.BUSY_REFERENCE: sum(part.busy_s for part in references),
     }
-    return ScoringSummary(means=means, scores=scores, gold=gold, kl_nats=kl, busy_s=busy)
+    return ScoringSummary(means=means, scores=scores, components=components, gold=gold, kl_nats=kl, busy_s=busy)

@@ -6,13 +6,15 @@ with the same data and trains and labels nothing twice.
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster import checkpoint, evaluation, guards, lineage, resumption, retention, schedule
 from cluster.collection import Collection
+from cluster.committer import Committer
 from cluster.crew import Crew
 from cluster.driver import Roles
 from cluster.evaluation import Evaluation
@@ -23,20 +25,24 @@ from cluster.losses import LostBatches
 from cluster.prompts import PromptSource, PromptStream
 from cluster.ranking import Ranking
 from cluster.refresh import Refresh
+from cluster.restarts import Restarts
 from cluster.run_directory import RunDirectory
 from cluster.schedule import Phase, RunState
 from cluster.scores import Scores
 from cluster.stopping import STOPPING, Stopped
-from cluster.tracking import Sinks
+from cluster.tracking import Sinks, read_lines
 from configs.load import config_hash
 from configs.run import RunConfig
 from protocol import metrics as names
 from protocol.errors import LearnerLostError, Resumable, UserError
 from protocol.files import write_json
-from protocol.incidents import Incident
 from protocol.messages import IterationReport, RoundReport
 
 _LOG = logging.getLogger(__name__)
+_AGAIN_S = 30.0
+"""Between two attempts at a checkpoint that the run cannot do without."""
+_LAST_COMMIT_S = 20.0
+"""For a commit that is under way when the run ends for another reason; less than the grace that a signal leaves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +68,7 @@ class _Standstill:
     state: RunState
     prompts: dict[str, Any]
     updates: int | None
-    durable: bool
+    """Batches that the learner had been given."""
 
 
 class RunStages:
@@ -98,10 +104,10 @@ class RunStages:
         self._open_sinks = open_sinks
         self._progress = progress
         self.incidents = incidents
-        self._restarts_left = config.cluster.learner_restarts
+        self._restarts = Restarts(config.cluster.learner_restarts, report=incidents)
         self._lost_batches = LostBatches(incidents, allowed=config.cluster.worker_replacements)
         self._standstill: _Standstill | None = None
-        self._resumed: checkpoint.Checkpoint | None = None
+        self._committer = Committer(directory.checkpoints, settings=config.cluster, report=incidents)
         self._sinks: Sinks | None = None
         self._history: list[dict[str, float]] = []
         self._state = RunState()
@@ -111,10 +117,10 @@ class RunStages:
         state = RunState()
         if self.directory.state.exists():
             state = RunState.from_json(json.loads(self.directory.state.read_text()))
-        self._resumed = resumption.newest(self.directory.checkpoints, self.config)
-        if self._resumed is not None:
-            saved = RunState.from_json(self._resumed.driver["state"])
-            _LOG.info("the newest checkpoint is %s", self._resumed.directory)
+        found = self._committer.latest = resumption.newest(self.directory.checkpoints, self.config)
+        if found is not None:
+            saved = RunState.from_json(found.driver["state"])
+            _LOG.info("the newest checkpoint is %s", found.directory)
             if state.phase is Phase.EVALUATE and not self.directory.policy(state.policy_version).exists():
                 # Its weights are in its own checkpoint alone; an older one must not be given its name.
                 if saved.position != state.position:
@@ -135,33 +141,26 @@ class RunStages:
         return state
 
     def recover(self, error: LearnerLostError) -> RunState:
-        """Give the learner's ranks up, and go on where a new process would: at what is durable."""
-        spent = self._restarts_left <= 0
-        action = "all ranks start again, from the last checkpoint"
-        self.incidents(
-            Incident(
-                kind="learner_lost",
-                what=str(error),
-                where="learner",
-                cause=str(error.__cause__ or ""),
-                action="the run stops: cluster.learner_restarts is used up" if spent else action,
-                data={"stacks": error.stacks},
-            )
-        )
-        if spent:
-            raise error
-        self._restarts_left -= 1
+        """Give the learner's ranks up, and go on where a new process would: at what is durable.
+
+        Raises:
+            LearnerLostError: If they may not start again.
+        """
+        self._restarts.spend(error)
         self._standstill = None
         self.crew.stop_learner()
         self._close_sinks()
         self._prompts.rewind()
+        self._committer.settle()
         return self.resume()
 
     def save(self) -> None:
         """Commit what stands, if the learner is exactly there: for a run that must stop between two checkpoints."""
+        self._committer.settle()
         last = self._standstill
-        if last is not None and not last.durable and self.crew.updates == last.updates:
-            self._commit(last.state, prompts=last.prompts)
+        if last is not None and not self._is_durable(last.state) and self.crew.updates == last.updates:
+            self._commit(last)
+            self._committer.settle()
             _LOG.warning("checkpoint after iteration %d of round %d", last.state.iteration, last.state.round)
 
     def in_hand(self) -> bool:
@@ -169,7 +168,19 @@ class RunStages:
         return self._standstill is not None and self.crew.updates not in (None, self._standstill.updates)
 
     def reached(self, state: RunState) -> None:
-        """Make the beginning of a phase durable."""
+        """Make the beginning of a phase durable, after the checkpoint that it goes on from.
+
+        What follows a round's iterations needs their checkpoint: later rounds take the prompts up where it says. So
+        where the disk does not take it the learner stands still, and it is tried again until it is there or the
+        failures in a row are more than `cluster.checkpoint_failures_allowed`.
+        """
+        self._committer.settle()
+        last = self._standstill
+        while last is not None and last.state == state and not self._is_committed(state):
+            time.sleep(_AGAIN_S)
+            self._commit(last)
+            self._committer.settle()
+        self._standstill = None
         write_json(self.directory.state, state.to_json())
         self._state = state
         self.incidents.at(state)
@@ -214,7 +225,7 @@ class RunStages:
         scoring = self._scores.workers(state)
         stream = self._start_learning(state)
         self.crew.publish(state.policy_version)
-        self._stands(state, durable=True)
+        self._stands(state)
         if self._sinks is None:
             self._sinks = self._open_sinks(self._standing_iterations(state))
         self._history = self._standing(state)
@@ -235,17 +246,20 @@ class RunStages:
         return found
 
     def iterated(self, report: IterationReport, state: RunState) -> None:
-        """Log an iteration and commit a checkpoint where one is due."""
+        """Log an iteration and begin a checkpoint where one is due.
+
+        A periodic checkpoint that the disk does not take is not tried again before the next is due.
+        """
         assert self._sinks is not None
+        self._committer.attend()
         self.crew.holds(state.policy_version)
         self._sinks.write(report)
         if self.config.tracking.save_rollouts:
             self.directory.rollouts.mkdir(exist_ok=True)
             self.crew.learner.write_rollouts(self.directory.rollouts / f"v{report.policy_version - 1:05d}.parquet")
-        due = schedule.checkpoint_is_due(state, self.config)
-        if due:
-            self._commit(state, prompts=self._prompts.stream().state_dict())
-        self._stands(state, durable=due)
+        standstill = self._stands(state)
+        if schedule.checkpoint_is_due(state, self.config):
+            self._commit(standstill)
         self.incidents.at(state)
         if STOPPING.asked:
             raise Stopped
@@ -294,13 +308,17 @@ class RunStages:
         return state
 
     def close(self) -> None:
-        """Stop all workers and finish all files."""
-        self._close_sinks()
-        self.crew.release()
+        """Stop all workers and finish all files; a commit that is under way gets a bounded time to end."""
+        try:
+            self._close_sinks()
+            self.crew.release()
+        finally:
+            self._committer.close(wait_s=_LAST_COMMIT_S)
 
-    def _stands(self, state: RunState, *, durable: bool) -> None:
+    def _stands(self, state: RunState) -> _Standstill:
         prompts = self._prompts.stream().state_dict()
-        self._standstill = _Standstill(state, prompts, updates=self.crew.updates, durable=durable)
+        self._standstill = _Standstill(state, prompts, updates=self.crew.updates)
+        return self._standstill
 
     def _close_sinks(self) -> None:
         if self._sinks is not None:
@@ -316,24 +334,25 @@ class RunStages:
             state.round, policy=self.directory.policy(start), reward_model=scored, iterations=plan.iterations
         )
         stream = self._prompts.stream()
-        if self._resumed is not None:
-            stream.load_state_dict(self._resumed.driver["prompts"])
-            if self._resumed.driver["state"]["round"] == state.round:
-                self.crew.learner.load(self._resumed.directory / "learner")
+        latest = self._committer.latest
+        if latest is not None:
+            stream.load_state_dict(latest.driver["prompts"])
+            if latest.driver["state"]["round"] == state.round:
+                self.crew.learner.load(latest.directory / "learner")
         return stream
 
     def _standing(self, state: RunState) -> list[dict[str, float]]:
         """Read the metrics of this round's iterations that stand."""
         return [
             metrics
-            for metrics in _lines(self.directory.metrics)
+            for metrics in read_lines(self.directory.metrics)
             if metrics[names.COUNTER_ROUND] == state.round and metrics[names.COUNTER_ITERATION] < state.iteration
         ]
 
     def _standing_iterations(self, state: RunState) -> int:
         """Count the lines of metrics.jsonl that a resume does not repeat."""
         here = (state.round, state.iteration)
-        places = [(m[names.COUNTER_ROUND], m[names.COUNTER_ITERATION]) for m in _lines(self.directory.metrics)]
+        places = [(m[names.COUNTER_ROUND], m[names.COUNTER_ITERATION]) for m in read_lines(self.directory.metrics)]
         return sum(place < here for place in places)
 
     def _note_policy(
@@ -344,27 +363,30 @@ class RunStages:
         artefact = Artefact(name=name, kind="policy", round=round, config=config, parents=parents, data=data or {})
         lineage.note(self.directory.lineage, artefact)
 
-    def _commit(self, state: RunState, *, prompts: dict[str, Any]) -> None:
+    def _is_durable(self, state: RunState) -> bool:
+        """Say whether a run that ends here goes on from here: a round's beginning needs no checkpoint."""
+        return state.iteration == 0 or self._is_committed(state)
+
+    def _is_committed(self, state: RunState) -> bool:
+        latest = self._committer.latest
+        return latest is not None and RunState.from_json(latest.driver["state"]) == state
+
+    def _commit(self, last: _Standstill) -> None:
+        """Begin the commit of what the learner holds; the other calls of the learner wait until it is written."""
+
         def write_parts(staging: Path) -> None:
             (staging / "learner").mkdir()
             self.crew.learner.save(staging / "learner")
             resumption.write_config(staging, self.config)
 
-        root = self.directory.checkpoints
-        self._resumed = checkpoint.commit(
-            root,
+        state, settings = last.state, self.config.cluster
+        referred = lineage.referred(self.directory.lineage, below=self.directory.checkpoints.name)
+        self._committer.begin(
             checkpoint.name_of(round=state.round, iteration=state.iteration),
-            driver={"state": state.to_json(), "prompts": prompts},
+            driver={"state": state.to_json(), "prompts": last.prompts},
             config_hash=config_hash(self.config),
             write_parts=write_parts,
-        )
-        referred = lineage.referred(self.directory.lineage, below=root.name)
-        checkpoint.retain(
-            root,
-            self._resumed,
-            choose=lambda found: retention.kept(
-                found, self.config.cluster, best_version=state.best_version, referred=referred
-            ),
+            choose=lambda found: retention.kept(found, settings, best_version=state.best_version, referred=referred),
         )
 
     def _card(self, state: RunState) -> dict[str, Any]:
@@ -376,10 +398,3 @@ class RunStages:
             "algorithm": self.config.algorithm.name,
             "config": config_hash(self.config),
         }
-
-
-def _lines(path: Path) -> Sequence[dict[str, float]]:
-    if not path.exists():
-        return []
-    # What a full disk or a power cut left of a line has no end, and its iteration is repeated.
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -13,7 +13,7 @@ from cluster.checkpoint import committed
 from cluster.lineage import Artefact
 from cluster.run_directory import RunDirectory
 from cluster.schedule import RunState
-from cluster.tracking import evaluation_table, ladder_table
+from cluster.tracking import evaluation_table, ladder_table, read_lines
 from configs.load import config_hash
 from configs.run import RunConfig
 from protocol import metrics as names
@@ -58,11 +58,9 @@ def describe(run: Path, config: RunConfig) -> RenderableType:
 
 
 def last_metrics(path: Path) -> dict[str, Any] | None:
-    """Read the last line of metrics.jsonl."""
-    if not path.exists():
-        return None
-    lines = path.read_text().splitlines()
-    return json.loads(lines[-1]) if lines else None
+    """Read the last whole line of metrics.jsonl."""
+    lines = read_lines(path)
+    return lines[-1] if lines else None
 
 
 def _lineage(directory: RunDirectory, config: RunConfig) -> Tree:

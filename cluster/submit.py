@@ -3,13 +3,15 @@
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import tenacity
 from rich.console import Console
 
 from protocol.errors import UserError
 
-_EXCLUDED = [".venv", "runs", ".git", "**/__pycache__"]
+# A job's working directory goes to every node; files that usually hold secrets stay here.
+_EXCLUDED = [".venv", "runs", ".git", "**/__pycache__", "**/.env", "**/.netrc", "**/*.secret"]
 _AGENT_S = 60.0
 
 
@@ -32,11 +34,11 @@ def submit(config: str, overrides: Sequence[str], *, address: str, console: Cons
 
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    command = shlex.join(["python", "-m", "cluster.cli", "train", config, *overrides])
+    described = description(config, overrides)
+    command = described["entrypoint"]
     try:
         client = JobSubmissionClient(address)
-        runtime_env = {"working_dir": ".", "excludes": _EXCLUDED}
-        job = _once_there_is_an_agent(lambda: client.submit_job(entrypoint=command, runtime_env=runtime_env))
+        job = _once_there_is_an_agent(lambda: client.submit_job(**described))
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
             f"the cluster at {address} did not take the job: {str(error).splitlines()[0]}",
@@ -54,6 +56,20 @@ def submit(config: str, overrides: Sequence[str], *, address: str, console: Cons
     ended = client.get_job_status(job)
     console.print(f"job {job}: {ended.value}", markup=False, highlight=False)
     return 0 if ended is JobStatus.SUCCEEDED else 1
+
+
+def description(config: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Describe the job as the cluster keeps it and shows it to everybody: no variable of the environment goes along.
+
+    Args:
+        config: As `submit` takes it.
+        overrides: Likewise.
+
+    Returns:
+        The arguments of Ray's `submit_job`.
+    """
+    command = shlex.join(["python", "-m", "cluster.cli", "train", config, *overrides])
+    return {"entrypoint": command, "runtime_env": {"working_dir": ".", "excludes": _EXCLUDED}}
 
 
 def _once_there_is_an_agent(submit: Callable[[], str]) -> str:

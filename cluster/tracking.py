@@ -1,8 +1,12 @@
 """Metric sinks: metrics.jsonl (the source of truth), TensorBoard, and the terminal or plain lines of a job."""
 
+import io
 import json
 import logging
 import os
+import socket
+import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +19,8 @@ from rich.text import Text
 
 from configs.scoring import HELDOUT
 from protocol import metrics as names
-from protocol.files import write_text
+from protocol.errors import UserError
+from protocol.files import RecordFile, keep_lines, writing
 from protocol.messages import IterationReport, SampleText
 
 _LOG = logging.getLogger(__name__)
@@ -39,22 +44,40 @@ class LinesFile:
     def __init__(self, path: Path, *, keep: int, lines: Callable[[IterationReport], Mapping[str, Any]]) -> None:
         """Open the file; what is beyond the first `keep` lines belongs to iterations that a resume repeats."""
         self._lines = lines
-        if path.exists():
-            there = path.read_text().splitlines(keepends=True)
-            if len(there) > keep:
-                _LOG.warning("%s: %d lines after the checkpoint are taken off", path, len(there) - keep)
-                write_text(path, "".join(there[:keep]))
-        self._file = path.open("a")
+        cut = keep_lines(path, keep)
+        if cut:
+            _LOG.warning("%s: %d lines after the checkpoint are taken off", path, cut)
+        self._file = RecordFile(path)
 
     def write(self, report: IterationReport) -> None:
-        """Append one line and see it to the disk."""
-        self._file.write(json.dumps(self._lines(report)) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Append one line and see it to the disk, or leave the file as it is."""
+        self._file.append(f"{json.dumps(self._lines(report))}\n".encode())
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read what a LinesFile wrote; a last line that a full disk or a power cut left half is none.
+
+    Args:
+        path: The file; need not exist.
+
+    Raises:
+        UserError: If another line is damaged.
+    """
+    if not path.exists():
+        return []
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(
+                f"broken JSON ({error})", where=f"{path}, line {number}", next_step="restore the file from a copy"
+            ) from None
+    return found
 
 
 def metrics_lines(report: IterationReport) -> dict[str, float]:
@@ -69,26 +92,36 @@ def samples_lines(report: IterationReport) -> dict[str, Any]:
 
 
 class TensorBoard:
-    """TensorBoard scalars and samples."""
+    """TensorBoard scalars. Its own writer would write from a thread, where nobody hears that the disk is full."""
 
     def __init__(self, directory: Path) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._summary = Summary
-        self._writer = EventFileWriter(str(directory))
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        name = (
+            f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        )
+        self._file = RecordFile(directory / name)
+        self._append(file_version="brain.Event:2")
 
     def write(self, report: IterationReport) -> None:
         """Write every metric as a scalar."""
-        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in report.metrics.items()]
-        event = Event(step=report.policy_version, summary=self._summary(value=values))
-        self._writer.add_event(event)
+        self._append(step=report.policy_version, summary=self._summary(value=values))
 
     def close(self) -> None:
-        """Write what is still in memory."""
-        self._writer.close()
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        framed = io.BytesIO()
+        RecordWriter(framed).write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.append(framed.getvalue())
 
 
 class Terminal:

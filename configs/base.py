@@ -1,5 +1,6 @@
 """The base of every configuration section, and the few field types that several sections share."""
 
+import re
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -35,6 +36,17 @@ Location = Annotated[str, Field(min_length=1)]
 
 DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """A Python object as `package.module:name`."""
+
+
+def _variable_name(name: str) -> str:
+    # The value is not quoted: it may be the secret itself. Tokens have small letters or signs in them.
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
+        raise ValueError("this is the name of an environment variable, in capitals such as REWARD_TOKEN; no secret")
+    return name
+
+
+VariableName = Annotated[str, AfterValidator(_variable_name)]
+"""The name of an environment variable that holds a secret."""
 
 
 def _http_address(url: str) -> str:

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from configs.base import NonNegativeInt, PositiveFloat, PositiveInt, Seconds, Section
 
+HostName = Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?$")]
+"""`HOST` or `HOST:PORT`; an IPv6 address stands in brackets."""
+
 
 class RolePlacementConfig(Section):
     """The placement group of one role."""
@@ -59,6 +62,9 @@ class ClusterConfig(Section):
     backend: Literal["cpu", "cuda"] = "cpu"
     address: str | None = None
     """A Ray address; without one, the cluster this command runs in, or else a new one on this machine."""
+    allowed_hosts: list[HostName] | None = None
+    """Hosts (`HOST` or `HOST:PORT`) at which reward endpoints and judges may be; if not given, wherever their urls say.
+    Link-local addresses and clouds' metadata services never are."""
     placement: PlacementConfig = PlacementConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
     worker_replacements: NonNegativeInt = 3
@@ -67,6 +73,8 @@ class ClusterConfig(Section):
     learner_restarts: NonNegativeInt = 3
     """How often the learner's ranks may be started again, all together, from the last checkpoint."""
     checkpoint_period_iterations: PositiveInt = 20
+    checkpoint_failures_allowed: NonNegativeInt = 3
+    """So many checkpoints in a row may fail because the disk is full, read-only or broken; the next stops the run."""
     checkpoints_kept: PositiveInt = 2
     """The newest so many checkpoints are kept. Each holds the optimizers' state too, several times the models' size."""
     round_end_checkpoints_kept: NonNegativeInt = 1

@@ -15,6 +15,7 @@ from configs.base import (
     PositiveInt,
     Seconds,
     Section,
+    VariableName,
 )
 from configs.data import SourceConfig
 
@@ -89,7 +90,7 @@ class JudgeConfig(Section):
     """An OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1."""
     model: Location
     """The model's name at the endpoint; without `url` a directory or hub id for this run's own rollout workers."""
-    token_env: str | None = None
+    token_env: VariableName | None = None
     """Environment variable that holds the bearer token."""
     template: str | None = None
     """A Jinja2 file with the question; it gets `prompt`, `first`, `second` and must ask for A, B or TIE."""

@@ -1,12 +1,22 @@
 """How the networks are trained: ranks, ZeRO, precision, optimisers, and the supervised stages."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from configs.base import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Section,
+)
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+RewardModelLoss = Literal["pairwise", "k_choose_2", "plackett_luce"]
+MarginKind = Literal["none", "given", "small", "large"]
 
 
 class OptimizerConfig(Section):
@@ -34,8 +44,17 @@ class SFTConfig(Section):
 
 
 class RewardModelTrainingConfig(Section):
-    """Reward modelling on pairwise comparisons."""
+    """Reward modelling on comparisons: pairs and rankings."""
 
+    loss: RewardModelLoss = "k_choose_2"
+    """`k_choose_2`: mean over all pairs of a prompt, then over prompts. `pairwise`: mean over pairs, so that a ranking
+    of K counts K(K-1)/2 times. `plackett_luce`: each ranking as a whole; it sums K - 1 terms, so that the learning
+    rate wants tuning anew. A prompt's pairs stay together whatever the loss, and tied completions make none."""
+    margin: MarginKind = "none"
+    """By how much the better score should lead. `none`: scores stay log-odds of being preferred. `given`: by the number
+    in the data (a label's strength, 1 to 3), 0 where there is none. `large` and `small`: strengths of 0 to 3 as 0, 1,
+    2, 3 and as 0, 1/3, 2/3, 1 (Llama 2, table 27); any other number in the data is an error. Margins stretch scores, and
+    large ones split them in two, which is hard on RL."""
     batch_pairs: PositiveInt = 32
     num_epochs: PositiveInt = 1
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -43,6 +62,29 @@ class RewardModelTrainingConfig(Section):
     centering: NonNegativeFloat = 0.0
     """Coefficient of the squared sum of a pair's scores."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9e-6, schedule="cosine")
+
+    @model_validator(mode="after")
+    def _margins_are_between_two(self) -> Self:
+        if self.loss == "plackett_luce" and self.margin != "none":
+            raise ValueError(
+                f"margin = {self.margin} says by how much one response leads another, but loss = plackett_luce has no "
+                "pairs to apply it to: set margin to none, or loss to k_choose_2"
+            )
+        return self
+
+
+class BatchGuardsConfig(Section):
+    """When a batch is refused before anything is learned from it: the rollout workers' log-probs against the learner's.
+
+    They are not compared where sampling truncates the distribution (rollout.truncated_sampling).
+    """
+
+    logprob_gap_mean_nats: PositiveFloat | None = 0.1
+    """Largest mean gap of a token's log-prob; bfloat16 makes about 0.01."""
+    ratio_p999: Annotated[float, Field(gt=1)] | None = 10.0
+    """Largest 99.9th percentile of the importance weights, learner over rollout worker."""
+    ess_fraction: PositiveFraction | None = 0.5
+    """Smallest effective sample size, as a share of the tokens."""
 
 
 class LearnerConfig(Section):
@@ -66,8 +108,17 @@ class LearnerConfig(Section):
     critic_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9e-6)
     sft: SFTConfig = SFTConfig()
     reward_model: RewardModelTrainingConfig = RewardModelTrainingConfig()
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do with a step whose loss or gradient is not finite; the batch is saved either way."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What to do about numbers that are not finite; the batch is saved in any case. `stop`: end the run. `skip`: leave
+    the step out whose loss or gradient it is; anything else stops. `rollback`: all ranks go back to the last
+    checkpoint, as after a rank's loss and bounded by cluster.learner_restarts, also where a batch is refused by
+    `guards`. That helps against a fault that passes, of a machine or of one rollout worker. Where nothing has changed
+    the same iteration meets the same batch again, so a second rollback of one iteration stops the run with the
+    cause."""
     max_consecutive_skips: NonNegativeInt = 3
+    """More skipped steps in a row stop the run."""
+    max_skips_per_round: NonNegativeInt = 20
+    """More skipped steps of one network in a round stop the run."""
+    guards: BatchGuardsConfig = BatchGuardsConfig()
     bucket_mib: PositiveFloat = 256.0
     """Size of one bucket of published weights; bounds the extra memory of a publish."""

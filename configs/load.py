@@ -12,6 +12,7 @@ from typing import Any, cast, get_args
 from pydantic import BaseModel, ValidationError
 
 from configs import yaml_tree
+from configs.addresses import with_passwords
 from configs.algorithm import AlgorithmConfig
 from configs.run import RunConfig
 
@@ -42,6 +43,11 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = _read_yaml(path)
     for override in overrides:
         _apply(tree, override)
+    # Before anything that would quote a value: what stands here is kept in the run and shown to whoever looks at it.
+    if found := with_passwords(tree):
+        raise ConfigError(
+            f"{found[0]}: this address has a password in it; a secret comes from the environment\n{_NEXT}"
+        )
     try:
         # Strict JSON mode takes a YAML list where a tuple is declared, and coerces nothing else.
         return RunConfig.model_validate_json(json.dumps(tree))
@@ -153,13 +159,25 @@ def _explain(error: ValidationError, source: str) -> str:
             case "value_error":
                 lines.append(prefix + problem["msg"].removeprefix("Value error, "))
             case "union_tag_not_found":
-                lines.append(f"  {_tag_place(location, context)}: missing, and it says what this section holds")
+                missing = f"  {_tag_place(location, context)}: missing, and it says what this section holds"
+                lines += _strange_keys(problem["input"], location, models, str(problem["loc"][-1])) or [missing]
             case "union_tag_invalid":
                 tag = _tag_place(location, context)
                 lines.append(f"  {tag}: should be {context['expected_tags']}, not {context['tag']!r}")
             case _:
                 lines.append(f"{prefix}{problem['msg']}, not {_shortened(problem['input'])}")
     return "\n".join([*lines, _NEXT])
+
+
+def _strange_keys(section: object, location: str, parents: Sequence[type[BaseModel]], name: str) -> list[str]:
+    """Name the keys that no kind of a section has: one of them may be meant to say which kind it is."""
+    fields = [parent.model_fields[name] for parent in parents if name in parent.model_fields]
+    kinds = [model for field in fields for model in _models_in(field.annotation)]
+    if not isinstance(section, dict) or not kinds:
+        return []
+    known = {key for model in kinds for key in model.model_fields}
+    given = [str(key) for key in cast(dict[object, object], section)]
+    return [f"  {location}.{key}: unknown key{_suggestion(key, kinds)}" for key in given if key not in known]
 
 
 def _tag_place(location: str, context: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ class RolloutConfig(Section):
     """Keep only so many of the likeliest tokens; 0 keeps all."""
     truncated_sampling: Literal["refuse", "allow"] = "refuse"
     """Training on top-p, top-k or greedy samples gives tokens of zero behaviour probability to the learner's policy;
-    say `allow` to do it all the same (evaluation is not affected)."""
+    say `allow` to do it all the same. Evaluation samples in the same way."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_concurrent_sequences: PositiveInt = 128

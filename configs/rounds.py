@@ -4,7 +4,16 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Temperature
+from configs.base import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Temperature,
+    VariableName,
+)
 from configs.labels import LabelerConfig
 
 PolicyName = Annotated[str, Field(pattern=r"^(sft|current|best|v[0-9]{3,9})$")]
@@ -146,7 +155,7 @@ class RoundsConfig(Section):
     gate: GateConfig = GateConfig()
     guards: GuardsConfig = GuardsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    store_env: str | None = None
+    store_env: VariableName | None = None
     """Environment variable that holds the URL of a PostgreSQL database for tasks and labels (postgresql+psycopg://...);
     without one they are kept in the run directory's preferences.db (SQLite)."""
     overrides: dict[str, RoundOverride] = {}

@@ -4,15 +4,17 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from configs import addresses
 from configs.algorithm import AlgorithmConfig, PPOConfig
 from configs.base import Location, NonNegativeInt, Section
 from configs.cluster import ClusterConfig
 from configs.data import DataConfig
+from configs.labels import JudgeConfig
 from configs.learner import LearnerConfig
 from configs.models import ModelsConfig
 from configs.rollout import RolloutConfig
 from configs.rounds import RoundsConfig
-from configs.scoring import HELDOUT, ModelRewardConfig, ScoringConfig
+from configs.scoring import HELDOUT, HTTPRewardConfig, ModelRewardConfig, ScoringConfig
 from configs.tracking import TrackingConfig
 
 
@@ -71,6 +73,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _length_rule_spares_some(self) -> Self:
+        length, longest = self.scoring.length, self.rollout.max_response_tokens
+        if length is not None and length.buffer_tokens >= longest:
+            raise ValueError(
+                f"scoring.length.buffer_tokens = {length.buffer_tokens} leaves no response free of charge: it must be "
+                f"less than rollout.max_response_tokens = {longest}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _context_is_long_enough(self) -> Self:
         scratch = self.models.policy.scratch
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
@@ -87,6 +99,8 @@ class RunConfig(Section):
             raise ValueError(
                 "models.policy.scratch needs data.demonstrations to train the tokenizer and the SFT policy"
             )
+        if self.scoring.calibration_anchor == "demonstrations" and self.data.demonstrations is None:
+            raise ValueError("scoring.calibration_anchor is demonstrations, but there is no data.demonstrations")
         trained = self.trains_reward_model
         if not self.scoring.rewards:
             raise ValueError("scoring.rewards is empty: name at least one reward")
@@ -113,6 +127,11 @@ class RunConfig(Section):
         if self.trains_reward_model:
             return self._gate_can_tell()
         for number in range(1, self.rounds.count + 1):
+            if self.rounds.of(number).guards.heldout_gap is not None:
+                raise ValueError(
+                    f"round {number}: guards.heldout_gap compares the reward model with one that is trained on other "
+                    "comparisons, but scoring.rewards names none with path trained"
+                )
             if self.rounds.of(number).collect.comparisons:
                 raise ValueError(
                     f"round {number} collects comparisons (rounds.collect), but no reward model is trained on them: "
@@ -130,6 +149,26 @@ class RunConfig(Section):
                     f"{comparisons * fraction:.0f} (learner.reward_model.heldout_fraction = {fraction:g}), fewer than "
                     f"rounds.gate.min_prompts = {gate.min_prompts}: no new reward model could ever pass"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _endpoints_may_be_asked(self) -> Self:
+        judges = {f"rounds.labeler of round {n}": self.rounds.of(n).labeler for n in range(1, self.rounds.count + 1)}
+        judges["rounds.evaluation.labeler"] = self.rounds.evaluation.labeler
+        urls = {f"{where}: url": judge.url for where, judge in judges.items() if isinstance(judge, JudgeConfig)}
+        for place, reward in enumerate(self.scoring.rewards):
+            if isinstance(reward, HTTPRewardConfig):
+                urls[f"scoring.rewards.{place}.url"] = reward.url
+                if reward.deadline_s >= self.cluster.deadlines.score_s:
+                    raise ValueError(
+                        f"scoring.rewards.{place}.deadline_s = {reward.deadline_s:g} is not below "
+                        f"cluster.deadlines.score_s = {self.cluster.deadlines.score_s:g}: the run would give up on the "
+                        "worker before the worker could say what is wrong with the endpoint"
+                    )
+        for where, url in urls.items():
+            problem = None if url is None else addresses.trouble(url, allowed_hosts=self.cluster.allowed_hosts)
+            if problem is not None:
+                raise ValueError(f"{where}: {problem}")
         return self
 
     @model_validator(mode="after")

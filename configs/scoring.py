@@ -1,8 +1,8 @@
 """How responses are scored: reward models, reward functions, truncation, and the gold score for evaluation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.base import (
     DottedPath,
@@ -13,6 +13,7 @@ from configs.base import (
     PositiveInt,
     Seconds,
     Section,
+    VariableName,
 )
 
 HELDOUT = "heldout"
@@ -47,15 +48,67 @@ class HTTPRewardConfig(Section):
     kind: Literal["http"] = "http"
     name: str
     url: HTTPAddress
+    """No user, password or key in it: these go into the variable that `token_env` names."""
     weight: float = 1.0
     normalization: Literal["none", "reference"] = "none"
     timeout_s: Seconds = 30.0
+    """Of one try."""
     attempts: PositiveInt = 3
-    token_env: str | None = None
+    """Tries of a request that was not answered (lost connections, time-outs, 429, 502, 503, 504)."""
+    deadline_s: Seconds = 120.0
+    """Of all tries and pauses for a group of responses; less than `cluster.deadlines.score_s`."""
+    batch_responses: PositiveInt = 32
+    """Responses of one request; a larger group is asked for in several."""
+    concurrency: PositiveInt = 4
+    """Requests of one scoring worker that are under way at a time."""
+    breaker_failures: PositiveInt = 3
+    """After so many groups in a row that were left unanswered, the endpoint is not asked for a while ..."""
+    breaker_cooldown_s: Seconds = 60.0
+    """... of so many seconds, and then by one group as a probe."""
+    token_env: VariableName | None = None
     """Environment variable that holds a bearer token."""
 
 
 RewardConfig = Annotated[ModelRewardConfig | FunctionRewardConfig | HTTPRewardConfig, Field(discriminator="kind")]
+
+
+class LinearCombination(Section):
+    """The sum of the scores by weight."""
+
+    kind: Literal["linear"] = "linear"
+
+
+class MinimumCombination(Section):
+    """The worst score."""
+
+    kind: Literal["minimum"] = "minimum"
+
+
+class MeanMinusStdCombination(Section):
+    """The mean of an ensemble minus some standard deviations over its members."""
+
+    kind: Literal["mean_minus_std"] = "mean_minus_std"
+    num_stds: NonNegativeFloat = 1.0
+
+
+class SafetyFirstCombination(Section):
+    """The safety score where safety is at stake, and the helpfulness score elsewhere (Llama 2)."""
+
+    kind: Literal["safety_first"] = "safety_first"
+    helpfulness: str
+    """The name of one reward."""
+    safety: str
+    """The name of the other."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Safety is at stake where the sigmoid of the calibrated safety score is below this."""
+    tag: str = "is_safety"
+    """Safety is also at stake where the prompt's column of this name is true; a prompt without it is not tagged."""
+
+
+CombineConfig = Annotated[
+    LinearCombination | MinimumCombination | MeanMinusStdCombination | SafetyFirstCombination,
+    Field(discriminator="kind"),
+]
 
 
 class TruncationConfig(Section):
@@ -64,6 +117,15 @@ class TruncationConfig(Section):
     rule: Literal["subtract", "replace", "none"] = "subtract"
     penalty: NonNegativeFloat = 1.0
     """`subtract`: score - penalty. `replace`: score becomes -penalty. In standard deviations of the score."""
+
+
+class LengthConfig(Section):
+    """What a response costs that comes close to the length limit: nothing at first, then more with every token."""
+
+    buffer_tokens: PositiveInt
+    """So many tokens before `rollout.max_response_tokens` it begins to cost."""
+    penalty: PositiveFloat = 1.0
+    """What is subtracted at the limit, in standard deviations of the score."""
 
 
 class GoldConfig(Section):
@@ -89,9 +151,47 @@ class ScoringConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     rewards: list[RewardConfig] = [ModelRewardConfig()]
     calibration_responses: PositiveInt = 256
-    """Samples of the reference policy that fix the zero and the unit of a new reward model."""
+    """Anchor responses that fix the zero and the unit of a new reward model."""
+    calibration_anchor: Literal["ref_policy", "demonstrations"] = "ref_policy"
+    """Whose responses they are: sampled from the reference policy, or taken from `data.demonstrations`, whose prompts
+    reach reward functions without metadata."""
+    combine: CombineConfig = LinearCombination()
+    """How several rewards become one score. All are kept beside it."""
+    length: LengthConfig | None = None
     truncation: TruncationConfig = TruncationConfig()
     clip: PositiveFloat | None = None
     """Clip the combined score to +- so many standard deviations."""
     scale: PositiveFloat = 1.0
     gold: GoldConfig | None = None
+
+    @model_validator(mode="after")
+    def _rewards_can_be_combined(self) -> Self:
+        kind, names = self.combine.kind, [reward.name for reward in self.rewards]
+        if kind == "linear":
+            return self
+        if len(names) < 2:
+            raise ValueError(f"combine.kind = {kind} needs two rewards or more, and there is {len(names)}")
+        for reward in self.rewards:
+            if reward.weight != 1:
+                raise ValueError(
+                    f"combine.kind = {kind} compares scores and weighs none: set the weight of {reward.name} to 1, or "
+                    "the kind to linear"
+                )
+            if not isinstance(reward, ModelRewardConfig) and reward.normalization == "none":
+                raise ValueError(
+                    f"combine.kind = {kind} compares scores, so they need one unit: set normalization of {reward.name} "
+                    "to reference"
+                )
+        if sum(isinstance(reward, ModelRewardConfig) and reward.path == "trained" for reward in self.rewards) > 1:
+            raise ValueError(
+                f"combine.kind = {kind} compares different rewards, but two of them are the run's one trained reward "
+                "model"
+            )
+        if self.combine.kind == "safety_first":
+            given = sorted([self.combine.helpfulness, self.combine.safety])
+            if given != sorted(names):
+                raise ValueError(
+                    f"combine.kind = safety_first chooses between two rewards, {' and '.join(given)}, but "
+                    f"scoring.rewards names {', '.join(names)}"
+                )
+        return self

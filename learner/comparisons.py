@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.data import SourceConfig
+from configs.learner import MarginKind
 from configs.run import RunConfig
 from learner.batch import TokenSequence
 from learner.supervised_loop import encode_pair
-from protocol.datasets import ReadReport, read_preferences
+from protocol.datasets import ReadReport, read_judgements
 from protocol.errors import UserError
-from protocol.records import PreferenceRecord
+from protocol.records import PreferenceRecord, RankingRecord
 
 BASE = "base"
 """The source that `data.preferences` is."""
+MAX_STRENGTH = 3.0
+"""The strength of a label that says "much better"."""
 Half = Literal["all", "train", "heldout"]
 
 
@@ -53,8 +56,18 @@ class RewardModelJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """One judgement of some of a prompt's completions, two of them or more."""
+
+    completions: tuple[int, ...]
+    """[K] which."""
+    ranks: tuple[int, ...]
+    """[K] 1 is best, equal ranks are ties."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparisons:
-    """One prompt's completions, and the pairs among them."""
+    """One prompt's completions, and the judgements of them, as rankings and as the pairs that these order."""
 
     sequences: tuple[TokenSequence, ...]
     """[K] the prompt with each of its different completions."""
@@ -64,6 +77,8 @@ class Comparisons:
     """[P] to which."""
     margins: tuple[float, ...]
     """[P] by how much, in units of the score; 0 where nobody said."""
+    rankings: tuple[Ranking, ...]
+    """A pair is a ranking of two."""
     source: str = BASE
     weight: float = 1.0
 
@@ -95,8 +110,8 @@ def read_comparisons(
     for source in sources:
         if source.weight == 0:
             continue
-        by_prompt: dict[bytes, list[_EncodedPair]] = {}
-        records = read_preferences(
+        by_prompt: dict[bytes, list[_Judged]] = {}
+        records = read_judgements(
             source.data.source,
             split=source.data.split,
             seed=config.run.seed,
@@ -104,15 +119,16 @@ def read_comparisons(
             report=reading,
         )
         for number, record in enumerate(records, start=1):
-            pair = _encode(tokenizer, record)
-            if context_tokens is not None and max(pair.better.num_tokens, pair.worse.num_tokens) > context_tokens:
-                reading.drop(
-                    f"longer than the model's context of {context_tokens} tokens", f"{source.name}, pair {number}"
-                )
+            where = f"{source.name}, comparison {number}"
+            encoded = _encode(tokenizer, record, margin=config.learner.reward_model.margin, where=where)
+            judged = encoded if context_tokens is None else encoded.within(context_tokens)
+            if judged is not encoded:
+                reading.drop(f"longer than the model's context of {context_tokens} tokens", where)
+            if judged is None:
                 reading.num_kept -= 1
                 continue
-            by_prompt.setdefault(pair.better.prompt_ids.tobytes(), []).append(pair)
-        elements += [_comparisons(pairs, source) for pairs in by_prompt.values()]
+            by_prompt.setdefault(judged.sequences[0].prompt_ids.tobytes(), []).append(judged)
+        elements += [_comparisons(judged, source) for judged in by_prompt.values()]
     if len({element.sequences[0].prompt_ids.tobytes() for element in elements}) < 2:
         raise UserError(
             f"a reward model needs comparisons on at least two prompts, one to train on and one to hold out: "
@@ -127,8 +143,9 @@ def split(
 ) -> tuple[list[int], list[int]]:
     """Choose the prompts to train on and those held out for validation.
 
-    A prompt's side depends on the prompt and the seed alone. So a prompt that is held out in one round is held out in
-    all, no reward model of the run has trained on what another is validated on, and the two halves never meet.
+    A prompt's side depends on the prompt and the seed alone (but where there are so few that none would be held out:
+    then the one that comes nearest is). So a prompt that is held out in one round is held out in all, no reward model
+    of the run has trained on what another is validated on, and the two halves never meet.
 
     Args:
         elements: The comparisons of each prompt.
@@ -168,36 +185,82 @@ def _place(prompt: bytes, seed: int, what: str) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _EncodedPair:
-    better: TokenSequence
-    worse: TokenSequence
+class _Judged:
+    """One record, encoded."""
+
+    sequences: tuple[TokenSequence, ...]
+    ranks: tuple[int, ...]
     margin: float
 
+    def within(self, context_tokens: int) -> "_Judged | None":
+        """Leave out the completions that are too long; None where the rest orders nothing."""
+        fitting = [i for i, sequence in enumerate(self.sequences) if sequence.num_tokens <= context_tokens]
+        if len(fitting) == len(self.sequences):
+            return self
+        ranks = tuple(self.ranks[i] for i in fitting)
+        if len(set(ranks)) < 2:
+            return None
+        return _Judged(sequences=tuple(self.sequences[i] for i in fitting), ranks=ranks, margin=self.margin)
 
-def _encode(tokenizer: Any, record: PreferenceRecord) -> _EncodedPair:
-    return _EncodedPair(
-        better=encode_pair(tokenizer, record.prompt, record.chosen),
-        worse=encode_pair(tokenizer, record.prompt, record.rejected),
-        margin=0.0 if record.margin is None else record.margin,
-    )
+    def pairs(self) -> list[tuple[int, int]]:
+        """Return every pair that the ranks order, as places of the better and the worse; ties make none."""
+        places = range(len(self.ranks))
+        return [(i, j) for i in places for j in places if self.ranks[i] < self.ranks[j]]
 
 
-def _comparisons(pairs: Sequence[_EncodedPair], source: ComparisonSource) -> Comparisons:
-    """Gather one prompt's pairs; a completion that several of them share is kept once."""
+def _encode(tokenizer: Any, record: PreferenceRecord | RankingRecord, *, margin: MarginKind, where: str) -> _Judged:
+    if isinstance(record, RankingRecord):
+        completions, ranks, lead = record.completions, record.ranks, 0.0
+    else:
+        completions, ranks = (record.chosen, record.rejected), (1, 2)
+        lead = _margin(record.margin, kind=margin, where=where)
+    sequences = tuple(encode_pair(tokenizer, record.prompt, completion) for completion in completions)
+    return _Judged(sequences=sequences, ranks=ranks, margin=lead)
+
+
+def _margin(given: float | None, *, kind: MarginKind, where: str) -> float:
+    """Turn what the data say into the lead that the loss asks for; the tables are those of Llama 2, table 27."""
+    if given is None or kind == "none":
+        return 0.0
+    if kind == "given":
+        return given
+    if not 0 <= given <= MAX_STRENGTH:
+        raise UserError(
+            f"the margin {given:g} is no strength of a preference from 0 to {MAX_STRENGTH:g}",
+            where=where,
+            cause=f"learner.reward_model.margin = {kind} reads margins as strengths",
+            next_step="set learner.reward_model.margin=given to take them as they are, or none to leave them out",
+        )
+    return given if kind == "large" else given / MAX_STRENGTH
+
+
+def _comparisons(judgements: Sequence[_Judged], source: ComparisonSource) -> Comparisons:
+    """Gather one prompt's judgements; a completion that several of them share is kept once."""
     place: dict[bytes, int] = {}
     sequences: list[TokenSequence] = []
     sides: list[int] = []
-    for sequence in (side for pair in pairs for side in (pair.better, pair.worse)):
-        key = sequence.response_ids.tobytes()
-        if key not in place:
-            place[key] = len(sequences)
-            sequences.append(sequence)
-        sides.append(place[key])
+    margins: list[float] = []
+    for judged in judgements:
+        for side in (side for pair in judged.pairs() for side in pair):
+            key = judged.sequences[side].response_ids.tobytes()
+            if key not in place:
+                place[key] = len(sequences)
+                sequences.append(judged.sequences[side])
+            sides.append(place[key])
+        margins += [judged.margin] * len(judged.pairs())
+    rankings = tuple(
+        Ranking(
+            completions=tuple(place[sequence.response_ids.tobytes()] for sequence in judged.sequences),
+            ranks=judged.ranks,
+        )
+        for judged in judgements
+    )
     return Comparisons(
         sequences=tuple(sequences),
         better=tuple(sides[::2]),
         worse=tuple(sides[1::2]),
-        margins=tuple(pair.margin for pair in pairs),
+        margins=tuple(margins),
+        rankings=rankings,
         source=source.name,
         weight=source.weight,
     )

@@ -1,24 +1,28 @@
 """The DeepSpeed adapter: a training engine over ZeRO 0 to 3, and the only module that knows DeepSpeed."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from configs.learner import LearnerConfig, OptimizerConfig
 from learner.training import (
-    NonFiniteError,
     RankContext,
     StepResult,
     learning_rate,
     parameter_groups,
+    refusal,
     squared_norm,
 )
+from protocol.errors import NonFiniteError
+from protocol.files import storage_failure
 
 # DeepSpeed would compile its shared-memory collectives with g++ at the first start. They serve inference only.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -59,6 +63,7 @@ class DeepSpeedEngine:
         self._settings = settings
         self._total_steps = total_steps
         self._skips_in_a_row = 0
+        self._num_skips = 0
         self._loss_sum = torch.zeros((), device=context.device)
         self._stage = settings.zero_stage
         if settings.precision == "bf16" and self._stage == 0:
@@ -81,6 +86,10 @@ class DeepSpeedEngine:
         # Typed as Any: what the optimizer is, and what it is called, depends on the stage.
         self._engine: Any = deepspeed.initialize(model=module, optimizer=adamw, config=config)[0]
         self._parameters = dict(self._engine.module.named_parameters())
+        self._files = _ShardFiles()
+        self._engine.checkpoint_engine = self._files
+        # A script that reads the shards without DeepSpeed is put beside them; rank 0 alone writes it.
+        self._engine._copy_recovery_script = self._files.guarded(self._engine._copy_recovery_script)
 
     @property
     def module(self) -> nn.Module:
@@ -118,6 +127,12 @@ class DeepSpeedEngine:
         self._skips_in_a_row = 0
         return StepResult(grad_norm=norm, learning_rate=rate, applied=True)
 
+    def require_finite_parameters(self) -> None:
+        """Check all parameters, each rank its part of them."""
+        own = [p.ds_tensor if self._stage == 3 else p.detach() for p in self._parameters.values()]
+        if not self.all_reduce_sum(squared_norm(own, device=self.context.device)).isfinite():
+            raise NonFiniteError(f"parameter of the {self._name}", f"the end of step {self.num_steps - 1}")
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks; the argument may be overwritten."""
         if self.context.world_size > 1:
@@ -143,10 +158,22 @@ class DeepSpeedEngine:
         return {name: read(p).detach().clone() for name, p in self._parameters.items()}
 
     def save(self, directory: Path) -> None:
-        """Write this rank's part of the state."""
-        self._engine.save_checkpoint(
-            str(directory), tag=_CHECKPOINT_TAG, client_state={"num_steps": self.num_steps}, save_latest=False
-        )
+        """Write this rank's part of the state.
+
+        Raises:
+            OSError: On every rank, if the disk did not take the part of any.
+        """
+        counters = {
+            "num_steps": self.num_steps,
+            "num_skips": self._num_skips,
+            "skips_in_a_row": self._skips_in_a_row,
+        }
+        self._engine.save_checkpoint(str(directory), tag=_CHECKPOINT_TAG, client_state=counters, save_latest=False)
+        codes = torch.zeros(self.context.world_size, device=self.context.device)
+        codes[self.context.rank] = self._files.take_errno()
+        for rank, code in enumerate(map(int, self.all_reduce_sum(codes).tolist())):
+            if code:
+                raise OSError(code, f"{os.strerror(code)} (learner rank {rank})", str(directory))
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote. The files are pickles: verify them first."""
@@ -156,6 +183,8 @@ class DeepSpeedEngine:
         if path is None:
             raise ValueError(f"DeepSpeed cannot read the checkpoint of the {self._name} in {directory}")
         self.num_steps = state["num_steps"]
+        # A checkpoint may be older than these counters.
+        self._num_skips, self._skips_in_a_row = state.get("num_skips", 0), state.get("skips_in_a_row", 0)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -179,11 +208,11 @@ class DeepSpeedEngine:
         return bool(finite_loss and finite), "gradient" if finite_loss else "loss", norm
 
     def _refuse(self, what: str, *, norm: float, rate: float) -> StepResult:
-        where = f"step {self.num_steps}"
         self._skips_in_a_row += 1
-        settings = self._settings
-        if settings.on_nonfinite == "stop" or self._skips_in_a_row > settings.max_consecutive_skips:
-            raise NonFiniteError(f"{what} of the {self._name}", where)
+        self._num_skips += 1
+        reason = refusal(self._settings, in_a_row=self._skips_in_a_row, in_all=self._num_skips)
+        if reason is not None:
+            raise NonFiniteError(f"{what} of the {self._name}", f"step {self.num_steps}{reason}")
         self._discard_gradient()
         return StepResult(grad_norm=norm, learning_rate=rate, applied=False)
 
@@ -215,6 +244,50 @@ class DeepSpeedEngine:
         self._engine.step()
         if self._engine.was_step_applied():
             raise RuntimeError(f"DeepSpeed applied a step of the {self._name} whose gradient is not finite")
+
+
+class _ShardFiles(TorchCheckpointEngine):
+    """Writes the files of DeepSpeed's checkpoints, and keeps to itself what the disk says until all ranks are through.
+
+    A rank that raised in the middle would leave the others waiting for it in a collective.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._errno = 0
+
+    def take_errno(self) -> int:
+        """Return the number of the first error since this was last asked, or 0."""
+        code, self._errno = self._errno, 0
+        return code
+
+    def guarded(self, write: Callable[..., None]) -> Callable[..., None]:
+        """Make a function that writes keep a failure of the disk to itself."""
+
+        def attempt(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                # torch only says that it is not where it should be; what the file said is the context.
+                failure = storage_failure(error) or storage_failure(error.__context__ or error)
+                if failure is None or failure.errno is None:
+                    raise
+                self._errno = self._errno or failure.errno
+
+        return attempt
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write a file. Through Python's file, which says why where torch's own does not."""
+        self.guarded(_write_shard)(state_dict, path)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Make a directory."""
+        self.guarded(os.makedirs)(path, exist_ok=exist_ok)
+
+
+def _write_shard(state: Any, path: str) -> None:
+    with Path(path).open("wb") as file:
+        torch.save(state, file)
 
 
 def _deepspeed_config(

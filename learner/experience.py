@@ -18,7 +18,8 @@ from learner.ops import advantages as advantage_ops
 from learner.ops import kl
 from learner.ops.masked import moments
 from learner.ops.rewards import per_token_rewards
-from learner.training import NonFiniteError, TrainingEngine
+from learner.training import TrainingEngine
+from protocol.errors import NonFiniteError
 from protocol.messages import RolloutKey, ScoredBatch
 
 
@@ -81,8 +82,17 @@ class ResponseBatch:
         position = int(finite.logical_not().nonzero()[0, 0])
         if values.shape == self.starts.shape:
             raise NonFiniteError(what, f"rollout {self.keys[position]}")
+        raise NonFiniteError(what, self.place(position))
+
+    def place(self, position: int) -> str:
+        """Name a position of the flat vectors, for messages."""
         row = int(torch.searchsorted(self.starts, position, right=True)) - 1
-        raise NonFiniteError(what, f"token {position - int(self.starts[row])} of rollout {self.keys[row]}")
+        return f"token {position - int(self.starts[row])} of rollout {self.keys[row]}"
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Cut a flat vector [N] into one part a response."""
+        ends = [*self.starts.tolist()[1:], len(flat)]
+        return [flat[start:end] for start, end in zip(self.starts.tolist(), ends, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +248,7 @@ def estimate(responses: ResponseBatch, opinions: Opinions, *, algorithm: Algorit
         What stays constant during the epochs.
 
     Raises:
-        NonFiniteError: If an advantage is not finite.
+        NonFiniteError: If a reward, an advantage (before or after normalisation) or a return is not finite.
     """
     mask = responses.mask
     old, ref = responses.padded(opinions.old_logprobs), responses.padded(responses.ref_logprobs)
@@ -254,9 +264,15 @@ def estimate(responses: ResponseBatch, opinions: Opinions, *, algorithm: Algorit
         gamma=algorithm.gamma,
         gae_lambda=algorithm.gae_lambda,
     )
+    responses.require_finite("reward", rewards.sum(dim=1))
     responses.require_finite("advantage", raw[mask])
+    responses.require_finite("return", returns[mask])
     mean, var = moments(raw, mask)
+    if not var.isfinite():  # in fp32 already at advantages of 1e19: dividing by it would make nothing of all of them
+        largest = int(raw[mask].abs().argmax())
+        raise NonFiniteError("variance of the advantages", f"{responses.place(largest)}, the largest advantage")
     normalized = advantage_ops.normalize(raw, mask, mode=algorithm.adv_norm, mean=mean, var=var)
+    responses.require_finite("normalised advantage", normalized[mask])
     return TrainBatch(
         responses=responses,
         opinions=opinions,

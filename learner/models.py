@@ -284,7 +284,7 @@ def init_head(head: nn.Linear, *, seed: int) -> None:
 
 def _load_options(path: str | Path, precision: Precision, *, num_labels: int | None = None) -> dict[str, Any]:
     _check_directory(Path(path))
-    config = AutoConfig.from_pretrained(str(path))
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     if num_labels is not None:
         config.num_labels = num_labels
     # Dropout would make the first ratio differ from one, and every log-prob a random number.

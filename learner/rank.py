@@ -19,10 +19,12 @@ from learner.export import export_policy, padding_id
 from learner.models import ScalarModel, load_critic, load_policy, load_scalar, scalar_from_policy
 from learner.stored_policy import StoredPolicy
 from learner.supervised_loop import StageContext, layout_of
-from learner.training import NonFiniteError, RankContext
+from learner.training import RankContext
+from learner.trust import require_version
 from learner.update import Updater, UpdateSettings
 from protocol import incidents
 from protocol.broadcast import Meeting
+from protocol.errors import BatchRefusedError, NonFiniteError
 from protocol.incidents import Incident
 from protocol.messages import (
     IntArray,
@@ -114,6 +116,7 @@ class Rank:
                 ),
                 max_response_tokens=config.rollout.max_response_tokens,
                 run_seed=config.run.seed,
+                guards=None if config.rollout.truncates_distribution else learner.guards,
             ),
         )
 
@@ -129,7 +132,8 @@ class Rank:
             What happened.
 
         Raises:
-            NonFiniteError: If a number is not finite; the batch is kept in the run's incidents.
+            BatchRefusedError: If a number is not finite, or the batch is of another policy version than the learner's;
+                the batch is kept in the run's incidents.
         """
         updater = self._running()
         self._standing = None
@@ -137,13 +141,20 @@ class Rank:
         batch = assemble(groups, round=round, iteration=iteration, policy_version=version)
         self._batch, self._kl_nats, self._kl_beta = batch, {}, updater.kl_beta
         try:
+            require_version(batch)
             report = updater.update(batch)
-        except NonFiniteError as error:
-            self._keep(batch, str(error))
+        except BatchRefusedError as error:
+            rolls_back = self._config.learner.on_nonfinite == "rollback"
+            action = "all ranks go back to the last checkpoint" if rolls_back else "the run stops"
+            kind = "nonfinite" if isinstance(error, NonFiniteError) else "untrusted_batch"
+            self._keep(batch, kind, str(error), action=action)
+            # The first complaint ends the group: it must not come before the first rank has written.
+            updater.policy.all_reduce_sum(torch.zeros(1, device=self.context.device))
             raise
         self._kl_nats = report.kl_nats_per_sequence
         if report.num_skipped_steps:
-            self._keep(batch, f"{report.num_skipped_steps} steps were skipped: loss or gradient was not finite")
+            what = f"the loss or gradient of {report.num_skipped_steps} steps was not finite"
+            self._keep(batch, "nonfinite", what, action="these steps were skipped")
         return report
 
     def publish(self, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
@@ -211,14 +222,20 @@ class Rank:
         """Write all state."""
         updater = self._running()
         controller = None if updater.controller is None else updater.controller.state_dict()
-        state = checkpoint.LearnerState(policy_version=self.policy_version, kl_controller=controller)
+        state = checkpoint.LearnerState(
+            policy_version=self.policy_version,
+            kl_controller=controller,
+            world_size=self.context.world_size,
+            zero_stage=self._config.learner.zero_stage,
+        )
         checkpoint.save(directory, engines={"policy": updater.policy, "critic": updater.critic}, state=state)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote; the files must have been verified."""
         updater = self._running()
         self._standing = None
-        state = checkpoint.load(directory, engines={"policy": updater.policy, "critic": updater.critic})
+        engines = {"policy": updater.policy, "critic": updater.critic}
+        state = checkpoint.load(directory, engines=engines, zero_stage=self._config.learner.zero_stage)
         self.policy_version = state.policy_version
         if updater.controller is not None and state.kl_controller is not None:
             updater.controller.load_state_dict(state.kl_controller)
@@ -258,6 +275,7 @@ class Rank:
         self.progress = dict(figures)
 
     def _stage_context(self) -> StageContext:
+        self.progress = {}  # the figures of the stage before are not this one's
         make_engine = partial(DeepSpeedEngine, settings=self._config.learner, context=self.context)
         return StageContext(
             rank=self.context.rank,
@@ -266,21 +284,33 @@ class Rank:
             make_engine=make_engine,
         )
 
-    def _keep(self, batch: ScoredBatch, what: str) -> None:
-        """Keep a batch that could not be learned from, for a post-mortem."""
+    def _keep(self, batch: ScoredBatch, kind: str, what: str, *, action: str) -> None:
+        """Keep a batch that could not be learned from, so that it can be replayed (records.read_batch)."""
         if self.context.rank != 0:
             return
-        name = f"nonfinite-r{batch.round:03d}-i{batch.iteration:06d}"
-        records.write_batch(self._incidents / f"{name}.parquet", batch, decode=self._decode, kl_nats={})
+        updater = self._running()
+        name = f"{kind}-r{batch.round:03d}-i{batch.iteration:06d}"
+        records.write_batch(
+            self._incidents / f"{name}.parquet",
+            batch,
+            decode=self._decode,
+            kl_nats={},
+            computed={name: [part.tolist() for part in parts] for name, parts in updater.computed.items()},
+            settings={"run_seed": self._config.run.seed, "kl_beta": self._kl_beta},
+        )
         incident = Incident(
-            kind="nonfinite",
+            kind=kind,
             what=what,
             where="learner",
-            action="the run stops",
+            action=action,
             round=batch.round,
             iteration=batch.iteration,
             policy_version=batch.policy_version,
-            data={"batch": f"{name}.parquet"},
+            data={
+                "batch": f"{name}.parquet",
+                "policy_steps": updater.policy.num_steps,
+                "critic_steps": updater.critic.num_steps,
+            },
         )
         incidents.write(self._incidents, incident, name=name)
 

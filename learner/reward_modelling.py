@@ -1,4 +1,4 @@
-"""Reward modelling: a score for responses, learnt from pairs of a better and a worse one.
+"""Reward modelling: a score for responses, learnt from comparisons of them.
 
 All pairs of one prompt are one element of a step, so that a prompt with many pairs counts no more than one with few, a
 completion runs through the network once however many pairs it is in, and no prompt is on both sides of the split.
@@ -10,18 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from configs.learner import RewardModelLoss
 from configs.load import config_hash
 from configs.run import RunConfig
-from learner import batch
-from learner.batch import Layout, MicroBatch
+from learner.comparison_task import ComparisonTask
 from learner.comparisons import Comparisons, ComparisonSource, RewardModelJob, read_comparisons, split
 from learner.export import export_reward_model, padding_id
 from learner.models import ScalarModel, load_scalar, scalar_from_policy
-from learner.ops.reward_model import pairwise_loss
 from learner.supervised_loop import (
-    Forward,
     Report,
     StageContext,
     check_ranks_agree,
@@ -35,64 +32,11 @@ from learner.training import TrainingEngine
 from learner.validation import paired_gain, validation_report
 from protocol.tokens import load_tokenizer
 
-
-class ComparisonTask:
-    """Score the better response higher.
-
-        L = weighted mean over prompts of mean over the prompt's pairs of -log sigma(s_w - s_l - margin)
-
-    Args:
-        elements: The comparisons of each prompt.
-        centering: Coefficient of the squared sum of a pair's scores.
-        pad_id: Any token id.
-        layout: Of micro-batches.
-        device: Where the network is.
-    """
-
-    def __init__(
-        self,
-        elements: Sequence[Comparisons],
-        *,
-        centering: float,
-        pad_id: int,
-        layout: Layout,
-        device: torch.device,
-    ) -> None:
-        self.elements = elements
-        self.lengths = [element.num_tokens for element in elements]
-        self._centering, self._pad_id, self._device = centering, pad_id, device
-        self._layout: Layout = layout
-
-    def normalizer(self, indices: Sequence[int]) -> float:
-        """Add up the weights of a step's prompts."""
-        return sum(self.elements[index].weight for index in indices)
-
-    def loss(self, forward: Forward, indices: Sequence[int], *, normalizer: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute a micro-batch's share of the loss; a pair's two scores are always in the same one."""
-        elements = [self.elements[index] for index in indices]
-        scores = self.scores(forward, indices)
-        starts = np.cumsum([0, *(len(element.sequences) for element in elements)])
-        better = [start + i for start, element in zip(starts, elements, strict=False) for i in element.better]
-        worse = [start + i for start, element in zip(starts, elements, strict=False) for i in element.worse]
-        weights = [element.weight / (normalizer * len(element.better)) for element in elements for _ in element.better]
-        margins = [margin for element in elements for margin in element.margins]
-        return pairwise_loss(
-            scores[torch.tensor(better, dtype=torch.int64, device=self._device)],
-            scores[torch.tensor(worse, dtype=torch.int64, device=self._device)],
-            weights=torch.tensor(weights, device=self._device),
-            margins=torch.tensor(margins, device=self._device),
-            centering_coefficient=self._centering,
-        )
-
-    def scores(self, forward: Forward, indices: Sequence[int]) -> Tensor:
-        """Score every completion of some elements, in their order."""
-        m = self.micro_batch(indices)
-        return forward(m.input_ids, m.position_ids, m.last_index)
-
-    def micro_batch(self, indices: Sequence[int]) -> MicroBatch:
-        """Lay out every completion of some elements."""
-        rows = [sequence for index in indices for sequence in self.elements[index].sequences]
-        return batch.collate(rows, pad_id=self._pad_id, layout=self._layout).to(self._device)
+_ALGORITHMS: Mapping[RewardModelLoss, str] = {
+    "pairwise": "Bradley-Terry, mean over pairs",
+    "k_choose_2": "Bradley-Terry on pairs",
+    "plackett_luce": "Plackett-Luce on rankings",
+}
 
 
 def train_reward_model(
@@ -128,6 +72,7 @@ def train_reward_model(
         pad_id=padding_id(tokenizer),
         layout=layout,
         device=context.device,
+        objective=settings.loss,
     )
     figures = run_steps(engine, task, steps, settings=config.learner, report=report)
     scores = _scores(engine, task, heldout, config=config)
@@ -299,7 +244,7 @@ def _card(config: RunConfig, job: RewardModelJob, *, data: str, summary: Mapping
         "version": job.output.name,
         "base": init if job.start is None else f"reward model {job.start.name}",
         "data": data,
-        "algorithm": "Bradley-Terry on pairs",
+        "algorithm": _ALGORITHMS[config.learner.reward_model.loss],
         "config": config_hash(config),
         "training": {name: value for name, value in summary.items() if name not in sections},
         "held-out prompts": heldout,

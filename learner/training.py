@@ -18,24 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from configs.learner import OptimizerConfig
-
-
-class NonFiniteError(RuntimeError):
-    """A number that must be finite is not.
-
-    Args:
-        what: The quantity, such as "gradient of the policy".
-        where: The step or the rollout key.
-    """
-
-    def __init__(self, what: str, where: str) -> None:
-        super().__init__(what, where)
-        self.what = what
-        self.where = where
-
-    def __str__(self) -> str:
-        return f"{self.what} is not finite at {self.where}"
+from configs.learner import LearnerConfig, OptimizerConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +35,7 @@ class StepResult:
     """What one optimiser step did."""
 
     grad_norm: float
-    """Of the whole gradient, over all ranks, before clipping; not finite where the step was skipped."""
+    """Of the whole gradient, over all ranks, before clipping."""
     learning_rate: float
     applied: bool
     """False where a loss or gradient was not finite and `learner.on_nonfinite` is `skip`."""
@@ -120,8 +103,16 @@ class TrainingEngine(GatherableNetwork, Protocol):
 
         Raises:
             NonFiniteError: If a loss or gradient is not finite on any rank and `learner.on_nonfinite` is `stop`, or
-                after more than `learner.max_consecutive_skips` skipped steps in a row. On all ranks at once, and with
-                parameters and optimiser as they were.
+                after more skipped steps than `learner.max_consecutive_skips` in a row or `learner.max_skips_per_round`
+                in all. On all ranks at once, and with parameters and optimiser as they were.
+        """
+        ...
+
+    def require_finite_parameters(self) -> None:
+        """Check all parameters, on all ranks.
+
+        Raises:
+            NonFiniteError: If one is not finite on any rank. On all ranks at once.
         """
         ...
 
@@ -134,7 +125,10 @@ class TrainingEngine(GatherableNetwork, Protocol):
         ...
 
     def save(self, directory: Path) -> None:
-        """Write this rank's part of parameters, optimiser and step count into a directory that all ranks share."""
+        """Write this rank's part of parameters, optimiser and step count into a directory that all ranks share.
+
+        It is made if it is not there.
+        """
         ...
 
     def load(self, directory: Path) -> None:
@@ -177,6 +171,26 @@ def learning_rate(config: OptimizerConfig, *, step: int, total_steps: int | None
     progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
     left = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * left)
+
+
+def refusal(settings: LearnerConfig, *, in_a_row: int, in_all: int) -> str | None:
+    """Say why a step whose loss or gradient is not finite may not be skipped.
+
+    Args:
+        settings: The policy and its bounds.
+        in_a_row: Skips up to this one since the last step that was applied.
+        in_all: Skips up to this one in this round.
+
+    Returns:
+        The reason, to follow the step's number; None if it may be skipped.
+    """
+    if settings.on_nonfinite != "skip":
+        return ""
+    if in_a_row > settings.max_consecutive_skips:
+        return f", skip {in_a_row} in a row: learner.max_consecutive_skips = {settings.max_consecutive_skips}"
+    if in_all > settings.max_skips_per_round:
+        return f", skip {in_all} of this round: learner.max_skips_per_round = {settings.max_skips_per_round}"
+    return None
 
 
 def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:

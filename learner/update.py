@@ -3,6 +3,7 @@
 What is learned depends on the batch, the settings and the seed alone: not on padding, micro-batches, ranks or ZeRO.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from configs.algorithm import AlgorithmConfig, APAConfig, PPOConfig
+from configs.learner import BatchGuardsConfig
 from learner.batch import MicroBatch, minibatches
 from learner.experience import PassSettings, TrainBatch, estimate, evaluate, flatten, passes
 from learner.ops import apa, kl, ppo, value
 from learner.ops.aggregate import token_weights
 from learner.step_log import StepLog
 from learner.training import TrainingEngine
+from learner.trust import gap_metrics, require_trust
 from learner.update_metrics import batch_metrics, step_metrics
 from protocol.messages import ScoredBatch, UpdateReport
 
@@ -28,6 +31,8 @@ class UpdateSettings:
     passes: PassSettings
     max_response_tokens: int
     run_seed: int
+    guards: BatchGuardsConfig | None = None
+    """None where the log-probs of engine and learner are of different distributions."""
 
 
 class Updater:
@@ -43,6 +48,8 @@ class Updater:
         self.policy = policy
         self.critic = critic
         self.settings = settings
+        self.computed: Mapping[str, list[Tensor]] = {}
+        """What has been computed from the last batch: name -> one vector a response; for whoever keeps that batch."""
         algorithm = settings.algorithm
         # APA's KL is in its loss, so no coefficient is steered.
         self.controller: kl.KLController | None = None
@@ -64,14 +71,24 @@ class Updater:
             What happened, the same on all ranks.
 
         Raises:
-            NonFiniteError: If a score, log-prob, value or advantage is not finite, naming the rollout; or a loss or
-                gradient, where `learner.on_nonfinite` says stop.
+            NonFiniteError: If a score, log-prob, value, reward, advantage or return is not finite, naming the rollout;
+                a loss or gradient, unless it is skipped; or a parameter, after the last step.
+            UntrustedBatchError: If the log-probs show that another policy has sampled the batch.
         """
         algorithm = self.settings.algorithm
+        self.computed = {}
         responses = flatten(batch, device=self.policy.context.device)
         opinions = evaluate(responses, policy=self.policy, critic=self.critic, settings=self.settings.passes)
+        self.computed = {
+            "old_logprobs": responses.split(opinions.old_logprobs),
+            "values": responses.split(opinions.values),
+        }
+        gaps = gap_metrics(responses, opinions.old_logprobs)
+        if self.settings.guards is not None:
+            require_trust(responses, opinions.old_logprobs, found=gaps, guards=self.settings.guards)
         train = estimate(responses, opinions, algorithm=algorithm, kl_beta=self.kl_beta)
-        metrics = batch_metrics(train, algorithm=algorithm, kl_beta=self.kl_beta)
+        self.computed |= {"advantages": responses.split(train.advantages), "returns": responses.split(train.returns)}
+        metrics = batch_metrics(train, algorithm=algorithm, kl_beta=self.kl_beta) | gaps
         if self.controller is not None:
             self.controller.update(train.kl)
 
@@ -82,6 +99,8 @@ class Updater:
             for indices in minibatches(len(responses.keys), size=algorithm.minibatch_responses, seed=seed):
                 self._step(train, indices, policy_log=policy_log if train_policy else None, critic_log=critic_log)
 
+        for engine in (self.policy, self.critic):
+            engine.require_finite_parameters()
         metrics |= step_metrics(policy_log, critic_log)
         return UpdateReport(
             metrics=metrics,

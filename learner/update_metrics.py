@@ -35,13 +35,11 @@ def batch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, kl_beta: flo
         Metric name -> number.
     """
     responses, opinions = train.responses, train.opinions
-    gaps = torch.where(responses.on_policy, responses.behavior_logprobs - opinions.old_logprobs, 0).abs()
     numbers = torch.stack(
         [
             responses.scores.double().mean(),
             train.rewards.double().mean(),
             opinions.entropies.double().mean(),
-            gaps.max().double(),
         ]
     ).tolist()
     metrics = {
@@ -55,8 +53,6 @@ def batch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, kl_beta: flo
             opinions.values, train.returns, mask=torch.ones_like(opinions.values, dtype=torch.bool)
         ),
     }
-    if responses.on_policy.any():
-        metrics[names.SYNC_LOGPROB_GAP] = numbers[3]
     if isinstance(algorithm, APAConfig):
         scale = 1.0 if algorithm.adv_norm == "none" else train.advantage_std
         metrics[names.POLICY_BETA_EFF] = algorithm.apa_lambda * scale

@@ -30,7 +30,8 @@ def validation_report(
     Returns:
         `accuracy`, `nll_nats`, `ece`, `calibration` (the bins behind it), `length_correlation` (Pearson; None where
         scores or lengths are all equal), `accuracy_both_high` on pairs with both scores above the median and
-        `num_pairs_both_high`, `score_mean`, `score_std`, `num_pairs`, `num_responses`.
+        `num_pairs_both_high`, `temperature` (what the scores would have to be divided by; above 1 the model is too
+        sure of itself), `score_mean`, `score_std`, `num_pairs`, `num_responses`.
     """
     gaps = scores[better] - scores[worse]
     middle = np.median(scores)
@@ -45,6 +46,7 @@ def validation_report(
         "length_correlation": _pearson(scores, response_tokens),
         "num_pairs_both_high": int(high.sum()),
         "accuracy_both_high": float(np.mean(gaps[high] > 0)) if high.any() else None,
+        "temperature": best_temperature(gaps, np.ones(len(gaps))),
         "score_mean": float(scores.mean()),
         "score_std": float(scores.std()),
         "calibration": bins,
@@ -74,6 +76,38 @@ def expected_calibration_error(gaps: NDArray[np.float64]) -> tuple[float, list[d
     ]
     errors = [b["num_pairs"] * abs(b["observed_accuracy"] - b["predicted_accuracy"]) for b in bins]
     return float(np.sum(errors) / len(gaps)), bins
+
+
+def best_temperature(gaps: NDArray[np.float64], preferred: NDArray[np.float64]) -> float | None:
+    """Find the temperature at which scores predict labels best.
+
+        T = argmin mean -[ p log sigma(gap / T) + (1 - p) log sigma(-gap / T) ]
+
+    Source: the recalibration of proxy logits in Gao et al. (2022), section 2.2; Guo et al. (2017).
+
+    Args:
+        gaps: [P] score of one response minus that of another.
+        preferred: [P] how likely the one is preferred, 0 to 1: soft labels, or ones where it was.
+
+    Returns:
+        T; None where no positive, finite temperature is best: the scores contradict the labels, or say nothing about
+        them, or all pairs are told apart without an error.
+    """
+
+    def slope(factor: float) -> float:
+        """Differentiate the loss by 1 / T, in which it is convex."""
+        predicted = np.exp(-np.logaddexp(0, -factor * gaps))
+        return float(np.mean(gaps * (predicted - preferred)))
+
+    low, high = 0.0, 1.0
+    if slope(low) >= 0 or np.mean(gaps * ((gaps > 0) - preferred)) <= 0:
+        return None
+    while slope(high) < 0:
+        high *= 2
+    for _ in range(60):  # to the last digit of float64
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return 2 / (low + high)
 
 
 def paired_gain(

@@ -127,7 +127,7 @@ class LearnerRank:
         """Learn from the groups that were received.
 
         Raises:
-            NonFiniteError: If a number is not finite.
+            BatchRefusedError: If the batch must not be learned from.
         """
         with self._does("update") as rank:
             groups, self._received = self._received, []

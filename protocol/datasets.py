@@ -155,11 +155,25 @@ def read_preferences(
     report: ReadReport | None = None,
 ) -> Iterator[PreferenceRecord]:
     """Yield pairs of a better and a worse answer; a ranking yields every pair that it orders."""
-    for where, record in _located_records(source, split=split, seed=seed, count=count, report=report):
+    for record in read_judgements(source, split=split, seed=seed, count=count, report=report):
         if isinstance(record, PreferenceRecord):
             yield record
-        elif isinstance(record, RankingRecord):
+        else:
             yield from record.pairs()
+
+
+def read_judgements(
+    source: str,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    count: int | None = None,
+    report: ReadReport | None = None,
+) -> Iterator[PreferenceRecord | RankingRecord]:
+    """Yield pairs of a better and a worse answer, and rankings as a whole."""
+    for where, record in _located_records(source, split=split, seed=seed, count=count, report=report):
+        if isinstance(record, PreferenceRecord | RankingRecord):
+            yield record
         else:
             raise _wrong_type("preferences", "a chosen and a rejected answer", where, record)
 

@@ -73,5 +73,52 @@ class LearnerLostError(RuntimeError):
         self.stacks = dict(stacks or {})
 
 
+class BatchRefusedError(RuntimeError):
+    """A batch that must not be learned from; weights, optimizer and counters are as they were before it or its step."""
+
+
+class NonFiniteError(BatchRefusedError):
+    """A number that must be finite is not.
+
+    Args:
+        what: The quantity, such as "gradient of the policy".
+        where: The step or the rollout key.
+    """
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(what, where)
+        self.what = what
+        self.where = where
+
+    def __str__(self) -> str:
+        return f"{self.what} is not finite at {self.where}"
+
+
+class UntrustedBatchError(BatchRefusedError):
+    """A batch that was not sampled by the policy that it must come from."""
+
+
+class RollbackError(LearnerLostError):
+    """The learner refuses a batch, and `learner.on_nonfinite` says that it goes back to the last checkpoint.
+
+    Args:
+        what: Why it refuses.
+        round: In which round.
+        iteration: In which iteration of it.
+    """
+
+    def __init__(self, what: str, *, round: int, iteration: int) -> None:
+        super().__init__(f"iteration {iteration} of round {round}: {what}")
+        self.place = (round, iteration)
+
+
 class Resumable(RuntimeError):
     """A run that has stopped in good order, for a reason that is nobody's mistake; the same command goes on."""
+
+
+class StorageError(RuntimeError):
+    """A disk that does not take what must be kept: it is full, over a quota, read-only or broken.
+
+    It is no mistake in what the user gave, but its message reads like a UserError's: it names the file and what to do.
+    The same command goes on when the disk is in order.
+    """

@@ -1,6 +1,7 @@
 """What went wrong in a run: one record a fault, for people and for programs."""
 
 import json
+import shlex
 import time
 import uuid
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ class Incident:
     """A fault and what was done about it."""
 
     kind: str
-    """`worker_lost`, `worker_silent`, `worker_late`, `learner_lost`, `nonfinite` and the like."""
+    """`worker_lost`, `worker_silent`, `worker_late`, `learner_lost`, `nonfinite`, `reward_failed` and the like."""
     what: str
     """One line for people."""
     where: str
@@ -30,6 +31,8 @@ class Incident:
     policy_version: int | None = None
     data: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Whatever else helps: stacks, the file that holds the batch, numbers."""
+    reproduce: str = ""
+    """A command that makes it happen again, or shows what was kept of it; by default the one that shows the record."""
     at: float = field(default_factory=time.time)
     """Seconds since 1970."""
 
@@ -48,5 +51,7 @@ def write(directory: Path, incident: Incident, *, name: str | None = None) -> Pa
     directory.mkdir(parents=True, exist_ok=True)
     moment = time.strftime("%Y%m%dT%H%M%S", time.gmtime(incident.at))
     path = directory / f"{name or f'{moment}-{incident.kind}-{uuid.uuid4().hex[:6]}'}.json"
-    write_text(path, json.dumps(asdict(incident), indent=1, ensure_ascii=False, default=str), errors="replace")
+    record = asdict(incident)
+    record["reproduce"] = incident.reproduce or f"rondo incident show {shlex.quote(str(path))}"
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False, default=str), errors="replace")
     return path

@@ -70,6 +70,8 @@ class ScoringSummary:
     means: Mapping[str, float]
     """Component and gold means, and the combined score's, by metric name."""
     scores: Mapping[RolloutKey, float]
+    components: Mapping[str, Mapping[RolloutKey, float]]
+    """Reward -> its calibrated score of each response, before combination and truncation."""
     gold: Mapping[str, Mapping[RolloutKey, float]]
     """`gold` and its components; empty without a gold scorer."""
     kl_nats: Mapping[RolloutKey, float]

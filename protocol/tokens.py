@@ -160,7 +160,7 @@ def context_tokens(path: str | Path) -> int:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path).get_text_config()
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
         raise UserError(f"no model can be read there: {error}", where=str(path)) from None
     found = getattr(config, "max_position_embeddings", None)

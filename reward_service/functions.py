@@ -1,63 +1,22 @@
-"""Rewards that are Python functions or HTTP endpoints: they read text and give one number for each response."""
+"""Rewards that are Python functions, and every configured reward that reads text."""
 
-import hashlib
 import importlib
-import json
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
-from urllib.parse import urlsplit
-
-import httpx
-import tenacity
+from typing import cast
 
 from configs.run import RunConfig
-from configs.scoring import FunctionRewardConfig, HTTPRewardConfig, ModelRewardConfig
+from configs.scoring import FunctionRewardConfig, ModelRewardConfig
 from protocol.errors import UserError
-from protocol.messages import FinishReason, FloatArray, RolloutKey
+from protocol.messages import FloatArray
+from reward_service.endpoint import HTTPReward
 from reward_service.scoring import RewardError, require_scores
+from reward_service.text_batch import TextBatch, TextReward, batch_saved_on_failure
 
 GOLD = "gold"
 
 RewardFunction = Callable[..., Sequence[float]]
 """f(prompts=[str], responses=[str], finish_reasons=[str], metadata=[dict]) -> one float for each response."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextBatch:
-    """A group of responses as text, in the group's order."""
-
-    keys: tuple[RolloutKey, ...]
-    prompts: tuple[str, ...]
-    responses: tuple[str, ...]
-    finish_reasons: tuple[FinishReason, ...]
-    metadata: tuple[Mapping[str, str], ...]
-
-    def arguments(self) -> dict[str, list[Any]]:
-        """Return what a reward function is called with."""
-        return {
-            "prompts": list(self.prompts),
-            "responses": list(self.responses),
-            "finish_reasons": list(self.finish_reasons),
-            "metadata": [dict(row) for row in self.metadata],
-        }
-
-
-class TextReward(Protocol):
-    """A reward that reads text."""
-
-    @property
-    def name(self) -> str:
-        """The component's name in the configuration."""
-        ...
-
-    def raw_scores(self, batch: TextBatch) -> FloatArray:
-        """Return [B] raw scores, or raise a RewardError."""
-        ...
 
 
 class FunctionReward:
@@ -102,64 +61,6 @@ class FunctionReward:
             return require_scores(raw, component=self.name, keys=batch.keys)
 
 
-class HTTPReward:
-    """A reward from an HTTP endpoint that takes and returns JSON.
-
-    It posts {"keys", "prompts", "responses", "finish_reasons", "metadata"}, lists of one length, and expects
-    {"scores": [...]} of that length.
-
-    Args:
-        config: Address, time limit, attempts, and the environment variable that holds a bearer token.
-        incident_dir: Where the batch is kept when the endpoint fails.
-
-    Raises:
-        UserError: If the environment variable is named but not set.
-    """
-
-    def __init__(self, config: HTTPRewardConfig, *, incident_dir: Path) -> None:
-        self.name = config.name
-        self._config = config
-        self._incident_dir = incident_dir
-        self._client = httpx.Client(timeout=config.timeout_s, headers=_authorization(config))
-
-    def raw_scores(self, batch: TextBatch) -> FloatArray:
-        """Post the batch; try again only after time-outs, lost connections and 5xx.
-
-        Args:
-            batch: Prompts and responses.
-
-        Returns:
-            [B] raw scores, float32.
-
-        Raises:
-            RewardError: If all attempts fail, the endpoint refuses (4xx), or its answer is not one finite number for
-                each response.
-        """
-        body = {"keys": [str(key) for key in batch.keys], **batch.arguments()}
-        with batch_saved_on_failure(batch, incident_dir=self._incident_dir):
-            try:
-                answer = self._retrying()(self._post, body)
-            except (httpx.HTTPError, ValueError) as error:
-                raise RewardError(
-                    f"{_place(self._config.url)}: {_describe(error)}", component=self.name, key=batch.keys[0]
-                ) from error
-            scores = answer.get("scores") if isinstance(answer, dict) else None
-            return require_scores(scores, component=self.name, keys=batch.keys)
-
-    def _retrying(self) -> tenacity.Retrying:
-        return tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self._config.attempts),
-            wait=tenacity.wait_exponential(multiplier=0.1, max=5.0),
-            retry=tenacity.retry_if_exception(_may_pass),
-            reraise=True,
-        )
-
-    def _post(self, body: Mapping[str, object]) -> object:
-        response = self._client.post(self._config.url, json=body)
-        response.raise_for_status()
-        return response.json()
-
-
 def import_function(path: str, *, component: str) -> RewardFunction:
     """Import a function by dotted path.
 
@@ -188,74 +89,6 @@ def import_function(path: str, *, component: str) -> RewardFunction:
     if not callable(function):
         raise UserError(f"{path} is a {type(function).__name__}, not a function", where=where)
     return cast(RewardFunction, function)
-
-
-@contextmanager
-def batch_saved_on_failure(batch: TextBatch, *, incident_dir: Path) -> Iterator[None]:
-    """Save the batch when a reward fails on it, so that the failure can be replayed.
-
-    Args:
-        batch: What the reward was asked about.
-        incident_dir: Where to.
-
-    Raises:
-        RewardError: The one that was raised inside, with the file that holds the batch.
-    """
-    try:
-        yield
-    except RewardError as error:
-        raise error.saved_at(str(_save(batch, error, incident_dir))) from error.__cause__
-
-
-def _save(batch: TextBatch, error: RewardError, incident_dir: Path) -> Path:
-    # Named by content: the same failure after a retry writes the same file.
-    digest = hashlib.sha256(" ".join(map(str, batch.keys)).encode()).hexdigest()[:12]
-    path = incident_dir / f"reward-{re.sub(r'[^A-Za-z0-9_.-]', '_', error.component)}-{digest}.json"
-    incident_dir.mkdir(parents=True, exist_ok=True)
-    record = {
-        "kind": "reward_failure",
-        "component": error.component,
-        "key": str(error.key),
-        "what": error.what,
-        "keys": [str(key) for key in batch.keys],
-        **batch.arguments(),
-    }
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    return path
-
-
-def _authorization(config: HTTPRewardConfig) -> dict[str, str]:
-    if config.token_env is None:
-        return {}
-    token = os.environ.get(config.token_env)
-    if not token:
-        raise UserError(
-            f"the environment variable {config.token_env} is not set",
-            where=f"reward {config.name}",
-            next_step=f"export {config.token_env}=... where the scoring workers start",
-        )
-    return {"Authorization": f"Bearer {token}"}
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Tell whether the same request may succeed a little later."""
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code >= 500
-    return isinstance(error, httpx.TransportError)
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, httpx.HTTPStatusError):
-        return f"status {error.response.status_code}: {error.response.text[:200]}"
-    if isinstance(error, httpx.HTTPError):
-        return f"{type(error).__name__}: {error}"
-    return f"the answer is not JSON: {error}"
-
-
-def _place(url: str) -> str:
-    """Name an endpoint without what may be secret in its address."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
 def text_rewards(config: RunConfig, incident_dir: Path) -> dict[str, TextReward]:

@@ -132,17 +132,29 @@ def lead(ladder: Ladder, version: str, *, over: str) -> Lead:
     raise KeyError(f"{version} over {over}")
 
 
-def predicted_elo(score_gap: float) -> float:
-    """Translate a gap of reward-model scores, in log-odds, to Elo: 400 / ln 10 gap (Bai et al. 2022, 2.4)."""
-    return ELO_PER_LOGIT * score_gap
+def predicted_elo(score_gaps: Sequence[float]) -> float:
+    """Translate gaps of reward-model scores to the lead that they promise.
+
+        400 log10(p / (1 - p)),  p = mean over prompts of sigma(gap)
+
+    For one gap this is 400 / ln 10 gap (Bai et al. 2022, 2.4). Gaps differ from prompt to prompt, and a ladder sees how
+    often a version wins: the Elo of the mean gap would be far more than even a perfect reward model's labels measure.
+
+    Args:
+        score_gaps: A gap for each prompt, in log-odds.
+    """
+    gaps = np.asarray(score_gaps, dtype=np.float64)
+    # log(p / (1 - p)) of means of sigma(gap) and sigma(-gap), each as a logarithm: neither vanishes.
+    log_odds = np.logaddexp.reduce(-np.logaddexp(0.0, -gaps)) - np.logaddexp.reduce(-np.logaddexp(0.0, gaps))
+    return float(ELO_PER_LOGIT * log_odds)
 
 
-def drift(ladder: Ladder, score_means: Mapping[str, float], *, version: str, over: str) -> Drift:
+def drift(ladder: Ladder, scores: Mapping[str, Mapping[str, float]], *, version: str, over: str) -> Drift:
     """Compare the lead that a reward model predicts with the measured one.
 
     Args:
         ladder: The measurement.
-        score_means: Version -> mean score on the ladder's prompts, in the reward model's own unit (log-odds), that is,
+        scores: Version -> prompt -> score on the ladder's prompts, in the reward model's own unit (log-odds), that is,
             before any calibration.
         version: The newer version.
         over: What it is compared with.
@@ -154,7 +166,7 @@ def drift(ladder: Ladder, score_means: Mapping[str, float], *, version: str, ove
         KeyError: If a version has no score or is not on the ladder.
     """
     measured = lead(ladder, version, over=over)
-    predicted = predicted_elo(score_means[version] - score_means[over])
+    predicted = predicted_elo([score - scores[over][prompt] for prompt, score in scores[version].items()])
     return Drift(
         version=version,
         over=over,

@@ -1,4 +1,4 @@
-"""From raw scores to the one score of a response: calibration, combination, truncation rule, clip, scale.
+"""From raw scores to the one score of a response: calibration, combination, length and truncation rules, clip, scale.
 
 The order is part of the algorithm (algorithms.md 3): clipping before or after scaling gives different scores, and the
 truncation penalty has a unit only because it comes after calibration. Pure numpy.
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configs.scoring import ScoringConfig, TruncationConfig
-from protocol.messages import FinishReason, FloatArray, RolloutKey
+from configs.scoring import LengthConfig, SafetyFirstCombination, ScoringConfig, TruncationConfig
+from protocol.messages import FinishReason, FloatArray, Rollout, RolloutKey
+from reward_service.combination import combine
 
 
 class RewardError(RuntimeError):
@@ -22,7 +23,7 @@ class RewardError(RuntimeError):
         what: What happened, in one sentence without a full stop.
         component: The reward's name in the configuration.
         key: The response it failed on, or the first of the batch where nobody knows which.
-        incident: The file that holds the batch, if it was saved.
+        incident: The file of the incident, which names the one that holds the batch.
     """
 
     def __init__(
@@ -35,11 +36,11 @@ class RewardError(RuntimeError):
         self.incident = incident
 
     def saved_at(self, incident: str) -> "RewardError":
-        """Return the same error with the file that holds its batch."""
+        """Return the same error with the file of its incident."""
         return RewardError(self.what, component=self.component, key=self.key, incident=incident)
 
     def __str__(self) -> str:
-        saved = "" if self.incident is None else f" The batch is saved in {self.incident}."
+        saved = "" if self.incident is None else f" Its batch is kept: rondo incident show {self.incident}"
         return f"reward {self.component} failed on {self.key}: {self.what}.{saved}"
 
 
@@ -122,26 +123,27 @@ def require_scores(raw: object, *, component: str, keys: Sequence[RolloutKey]) -
     return scores.astype(np.float32)
 
 
-def combine(components: Mapping[str, FloatArray], *, weights: Mapping[str, float]) -> FloatArray:
-    """Add the calibrated component scores by weight.
+def apply_length(
+    scores: FloatArray, *, response_tokens: Sequence[int], length: LengthConfig, max_response_tokens: int
+) -> FloatArray:
+    """Charge the responses that come close to the length limit, in proportion.
 
-        sum_c w_c s_c        (algorithms.md 13, linear on normalised logits)
+        s - penalty min(n - (limit - buffer), buffer) / buffer        where n > limit - buffer
+
+    Source: the soft overlong punishment of DAPO (Yu et al. 2025), as in OpenRLHF, length_penalty.py:41-55.
 
     Args:
-        components: Name -> [B] calibrated scores.
-        weights: Name -> weight.
+        scores: [B] combined scores.
+        response_tokens: [B] lengths.
+        length: Buffer and penalty.
+        max_response_tokens: The limit.
 
     Returns:
-        [B] combined scores.
-
-    Raises:
-        ValueError: If the names differ.
+        [B] scores.
     """
-    if not components or components.keys() != weights.keys():
-        raise ValueError(f"scores of {sorted(components)} do not fit the weights of {sorted(weights)}")
-    # In the order of the weights and in float64, so that the sum does not depend on who finished first.
-    weighted = [weight * np.asarray(components[name], np.float64) for name, weight in weights.items()]
-    return np.sum(weighted, axis=0).astype(np.float32)
+    over = np.asarray(response_tokens, np.float64) - (max_response_tokens - length.buffer_tokens)
+    share = np.clip(over / length.buffer_tokens, 0, 1)
+    return (np.asarray(scores, np.float64) - length.penalty * share).astype(np.float32)
 
 
 def apply_truncation(
@@ -191,19 +193,63 @@ def clip_and_scale(scores: FloatArray, *, clip: float | None, scale: float) -> t
     return (clipped * np.float32(scale)).astype(np.float32), fraction
 
 
+def about_safety(rollouts: Sequence[Rollout], *, tag: str) -> list[bool]:
+    """Read off the prompts which of them are tagged as being about safety.
+
+    Args:
+        rollouts: B responses with their prompts.
+        tag: The prompts' column that says so; a prompt without it is not tagged.
+
+    Returns:
+        [B] whether it is.
+
+    Raises:
+        RewardError: If a prompt says anything but true or false.
+    """
+    said = [rollout.prompt.metadata.get(tag, "false").lower() for rollout in rollouts]
+    for rollout, value in zip(rollouts, said, strict=True):
+        if value not in ("true", "false"):
+            raise RewardError(
+                f"the prompt's column {tag} says {value!r}, neither true nor false",
+                component="safety_first",
+                key=rollout.key,
+            )
+    return [value == "true" for value in said]
+
+
 def total_scores(
-    components: Mapping[str, FloatArray], *, finish_reasons: Sequence[FinishReason], config: ScoringConfig
+    components: Mapping[str, FloatArray],
+    *,
+    rollouts: Sequence[Rollout],
+    config: ScoringConfig,
+    max_response_tokens: int,
 ) -> tuple[FloatArray, float]:
     """Turn calibrated component scores into the score that training sees.
 
     Args:
         components: Name -> [B] calibrated scores, one entry for each of `config.rewards`.
-        finish_reasons: [B] why each response ended.
+        rollouts: The B responses.
         config: The scoring section.
+        max_response_tokens: The length limit that they were sampled with.
 
     Returns:
         [B] scores, and the fraction of them that was clipped.
+
+    Raises:
+        RewardError: If a prompt's safety tag says neither true nor false.
     """
-    combined = combine(components, weights={reward.name: reward.weight for reward in config.rewards})
-    charged = apply_truncation(combined, finish_reasons=finish_reasons, truncation=config.truncation)
+    rule = config.combine
+    tagged = about_safety(rollouts, tag=rule.tag) if isinstance(rule, SafetyFirstCombination) else []
+    weights = {reward.name: reward.weight for reward in config.rewards}
+    scores = combine(components, weights=weights, config=rule, about_safety=tagged)
+    if config.length is not None:
+        scores = apply_length(
+            scores,
+            response_tokens=[len(rollout.response_ids) for rollout in rollouts],
+            length=config.length,
+            max_response_tokens=max_response_tokens,
+        )
+    charged = apply_truncation(
+        scores, finish_reasons=[rollout.finish_reason for rollout in rollouts], truncation=config.truncation
+    )
     return clip_and_scale(charged, clip=config.clip, scale=config.scale)

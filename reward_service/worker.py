@@ -19,10 +19,11 @@ from protocol.messages import FloatArray, ReferenceLogprobs, ReferenceSummary, R
 from protocol.records import Text
 from protocol.roles import RolloutRef, resolve
 from protocol.tokens import decode, encode_prompt, encode_response, load_tokenizer
-from reward_service.functions import TextBatch, batch_saved_on_failure, gold_functions, text_rewards
+from reward_service.functions import gold_functions, text_rewards
 from reward_service.reference_model import ReferenceModel
 from reward_service.reward_model import RewardModel
 from reward_service.scoring import IDENTITY, Calibration, require_scores, total_scores
+from reward_service.text_batch import TextBatch, batch_saved_on_failure
 
 
 class RewardWorker:
@@ -122,7 +123,12 @@ class RewardWorker:
             raw = self._raw(rollouts, batch)
             components = {name: calibrations[name].apply(scores) for name, scores in raw.items()}
             rewards = {name: scores for name, scores in components.items() if name != HELDOUT}
-            total, _ = total_scores(rewards, finish_reasons=batch.finish_reasons, config=self._config.scoring)
+            total, _ = total_scores(
+                rewards,
+                rollouts=rollouts,
+                config=self._config.scoring,
+                max_response_tokens=self._config.rollout.max_response_tokens,
+            )
             gold = {reward.name: reward.raw_scores(batch) for reward in self._gold}
             busy_s = self._count(len(rollouts), since=started)
             scored = RewardScores(keys=batch.keys, scores=total, components=components, gold={}, busy_s=busy_s)
@@ -217,12 +223,14 @@ class RewardWorker:
         return raw
 
     def _text(self, rollouts: Sequence[Rollout]) -> TextBatch:
+        versions = {rollout.policy_versions.last for rollout in rollouts}
         return TextBatch(
             keys=tuple(rollout.key for rollout in rollouts),
             prompts=tuple(rollout.prompt.text for rollout in rollouts),
             responses=tuple(decode(self._tokenizer, rollout.response_ids.tolist()) for rollout in rollouts),
             finish_reasons=tuple(rollout.finish_reason for rollout in rollouts),
             metadata=tuple(rollout.prompt.metadata for rollout in rollouts),
+            policy_version=versions.pop() if len(versions) == 1 else None,
         )
 
     def _find_calibration(self, name: str) -> Calibration | None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.learner import LearnerConfig, OptimizerConfig
-from learner.training import NonFiniteError, RankContext, StepResult, learning_rate, parameter_groups
+from learner.training import RankContext, StepResult, learning_rate, parameter_groups, refusal
+from protocol.errors import NonFiniteError
 
 
 class PlainEngine:
@@ -29,7 +30,7 @@ class PlainEngine:
         self.num_steps = 0
         self.num_forward = 0
         self._config, self._settings, self._name, self._total_steps = optimizer, settings, name, total_steps
-        self._skips = 0
+        self._skips = self._num_skips = 0
         self._losses: list[Tensor] = []
         self._adamw = torch.optim.AdamW(
             parameter_groups(module, weight_decay=optimizer.weight_decay), betas=optimizer.betas, eps=optimizer.eps
@@ -58,8 +59,10 @@ class PlainEngine:
         for what, value in (("loss", loss), ("gradient", norm)):
             if not abs(value) < float("inf"):
                 self._skips += 1
-                if self._settings.on_nonfinite == "stop" or self._skips > self._settings.max_consecutive_skips:
-                    raise NonFiniteError(f"{what} of the {self._name}", f"step {self.num_steps}")
+                self._num_skips += 1
+                reason = refusal(self._settings, in_a_row=self._skips, in_all=self._num_skips)
+                if reason is not None:
+                    raise NonFiniteError(f"{what} of the {self._name}", f"step {self.num_steps}{reason}")
                 self._adamw.zero_grad()
                 return StepResult(grad_norm=norm, learning_rate=rate, applied=False)
         nn.utils.clip_grads_with_norm_(self.module.parameters(), self._settings.max_grad_norm, torch.tensor(norm))
@@ -68,6 +71,10 @@ class PlainEngine:
         self.num_steps += 1
         self._skips = 0
         return StepResult(grad_norm=norm, learning_rate=rate, applied=True)
+
+    def require_finite_parameters(self) -> None:
+        if not all(p.isfinite().all() for p in self.module.parameters()):
+            raise NonFiniteError(f"parameter of the {self._name}", f"the end of step {self.num_steps - 1}")
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -84,6 +91,8 @@ class PlainEngine:
 
     def save(self, directory: Path) -> None:
         state = {"module": self.module.state_dict(), "adamw": self._adamw.state_dict(), "num_steps": self.num_steps}
+        state["skips"] = (self._skips, self._num_skips)
+        directory.mkdir(parents=True, exist_ok=True)
         torch.save(state, directory / "plain.pt")
 
     def load(self, directory: Path) -> None:
@@ -93,6 +102,7 @@ class PlainEngine:
         self.module.load_state_dict(state["module"])
         self._adamw.load_state_dict(state["adamw"])
         self.num_steps = state["num_steps"]
+        self._skips, self._num_skips = state["skips"]
 
     def close(self) -> None:
         self._adamw.zero_grad()

@@ -66,6 +66,7 @@ def write_run(config: RunConfig, *, num_prompts: int = 40, answers: dict[str, st
         "what": "advantages <b>[3]</b> are nan",
         "policy_version": 31,
         "batch": "b.parquet",
+        "reproduce": "rondo incident show <i>nonfinite</i>.json",
     }
     (directory.incidents / "nonfinite-r002-i000010.json").write_text(json.dumps(incident | {"api_key": "sk-hush"}))
     (directory.incidents / "nonfinite-r002-i000010.parquet").write_bytes(b"PAR1")

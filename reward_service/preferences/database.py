@@ -5,6 +5,7 @@ process and of the machine. The log is shared memory, which network file systems
 journal is used. Writers take turns: SQLite by itself, PostgreSQL by an advisory lock, so that both behave alike.
 """
 
+import errno
 import logging
 import re
 import sqlite3
@@ -20,10 +21,16 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DatabaseError
 
 from protocol.errors import UserError
+from protocol.files import writing
 
 _LOG = logging.getLogger(__name__)
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_S = 60.0
+_STORAGE_CODES = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+}
 _ADVISORY_LOCK = 0x726F6E646F  # "rondo"
 # Alembic keeps the state of a migration in module globals.
 _MIGRATING = threading.Lock()
@@ -67,21 +74,58 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Read one consistent state."""
-        with self.engine.begin() as connection:
+        """Read one consistent state.
+
+        Raises:
+            UserError: If the database is locked or damaged.
+        """
+        with self._explained(), self.engine.begin() as connection:
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """Write as the only one; committed at the end, undone if anything is raised."""
+        """Write as the only one; committed at the end, undone if anything is raised.
+
+        Raises:
+            UserError: If the database is locked or damaged.
+            StorageError: If the disk does not take it.
+        """
         # The lock spares threads of one process the polling by which SQLite waits.
-        with self._turn, self.engine.connect() as connection:
+        with self._turn, self._explained(), self.engine.connect() as connection:
             if self.is_sqlite:
                 connection = connection.execution_options(rondo_begin="BEGIN IMMEDIATE")
             with connection.begin():
                 if not self.is_sqlite:
                     connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})")
                 yield connection
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what SQLite's errors mean for this file; those of a server stay as they are."""
+        try:
+            yield
+        except DatabaseError as error:
+            code = getattr(error.orig, "sqlite_errorcode", None)
+            path = Path(str(self.engine.url.database))
+            match None if code is None else code & 0xFF:
+                case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+                    raise UserError(
+                        f"the preference database is locked, for more than {_BUSY_S:g} s",
+                        where=str(path),
+                        cause="another process has begun to write to it and does not end, such as an open SQLite shell",
+                        next_step=f"`fuser {path}` lists who has it open; end that one and give the same command again",
+                    ) from error
+                case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+                    raise UserError(
+                        f"the preference database is damaged: {error.orig}",
+                        where=str(path),
+                        next_step="restore it from a copy, or save what can be read with "
+                        f"`sqlite3 {path} .recover | sqlite3 recovered.db`",
+                    ) from error
+                case found if found in _STORAGE_CODES:
+                    with writing(path):
+                        raise OSError(_STORAGE_CODES[found], str(error.orig)) from error
+            raise
 
     def _migrate(self, *, create: bool) -> None:
         # Alembic takes a moment to import, and only the program that opens a store needs it.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from configs.learner import LearnerConfig, OptimizerConfig
 from learner.batch import MicroBatch, TokenSequence, collate
-from learner.training import NonFiniteError, TrainingEngine
+from learner.training import TrainingEngine
+from protocol.errors import NonFiniteError
 from tests.learner_batches import scored_batch, single_rank, tiny_policy
 from tests.plain_engine import PlainEngine
 
@@ -165,6 +166,30 @@ def test_too_many_skips_in_a_row_stop(make: Make) -> None:
     accumulate(engine, scale=float("nan"))
     with pytest.raises(NonFiniteError):
         engine.step()
+
+
+def test_too_many_skips_in_all_stop_also_after_a_resume(make: Make, tmp_path: Path) -> None:
+    engine = make(on_nonfinite="skip", max_skips_per_round=1)
+    accumulate(engine, scale=float("nan"))
+    assert not engine.step().applied
+    accumulate(engine)
+    assert engine.step().applied
+    engine.save(tmp_path)
+    restored = make(on_nonfinite="skip", max_skips_per_round=1)
+    restored.load(tmp_path)
+    accumulate(restored, scale=float("nan"))
+    with pytest.raises(NonFiniteError, match=r"step 1, skip 2 of this round: learner.max_skips_per_round = 1"):
+        restored.step()
+
+
+@torch.no_grad()
+def test_a_parameter_that_is_not_finite_is_found(make: Make) -> None:
+    engine = make()
+    engine.require_finite_parameters()
+    parameter = list(engine.module.parameters())[-3]
+    getattr(parameter, "ds_tensor", parameter).view(-1)[0] = torch.nan
+    with pytest.raises(NonFiniteError, match="parameter of the policy"):
+        engine.require_finite_parameters()
 
 
 def test_a_checkpoint_continues_bit_for_bit(make: Make, tmp_path: Path) -> None:

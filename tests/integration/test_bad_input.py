@@ -12,7 +12,7 @@ from tests.tiny import tiny_llama
 from tests.tiny_run import tiny_overrides
 
 
-def refused(tmp_path: Path, *overrides: str, code: int = 2, within_s: float = 120) -> str:
+def refused(tmp_path: Path, *overrides: str, code: int = 2, within_s: float = 120, says: str = "") -> str:
     """Run a tiny configuration that must be refused, and return the message."""
     runs = tmp_path / "runs"
     started = time.monotonic()
@@ -21,6 +21,7 @@ def refused(tmp_path: Path, *overrides: str, code: int = 2, within_s: float = 12
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert done.stderr.count("error:") == 1
+    assert says in done.stdout
     assert code == 1 or not (runs / "tiny").exists()
     return done.stderr
 
@@ -82,10 +83,11 @@ def test_a_failing_reward_names_the_prompt_and_keeps_the_batch(tmp_path: Path, k
         "data.preferences=null",
         code=1,
         within_s=240,
+        says="incident: reward broken failed on r",
     )
     assert "reward broken" in message
     assert re.search(r"safe-\d+#0", message), "the prompt is not named"
     # The groups were scored side by side, so several may have failed; the message names one of the saved batches.
-    saved = [path for path in (tmp_path / "runs" / "tiny" / "incidents").iterdir() if path.name in message]
-    assert len(saved) == 1
-    assert "prompts" in saved[0].read_text()
+    [record] = [path for path in (tmp_path / "runs" / "tiny" / "incidents").glob("*.json") if path.name in message]
+    assert json.loads(record.read_text())["kind"] == "reward_failed"
+    assert "prompt" in record.with_suffix(".jsonl").read_text()

@@ -16,7 +16,8 @@ import pytest
 from configs.labels import JudgeConfig
 from configs.load import ConfigError, load
 from protocol.errors import UserError
-from reward_service.preferences.completion import MAX_ANSWER_BYTES, CompletionFailure, EndpointCompleter
+from reward_service.posting import MAX_ANSWER_BYTES
+from reward_service.preferences.completion import CompletionFailure, EndpointCompleter
 from reward_service.preferences.judge import Judge
 from reward_service.preferences.labelers import make_labeler
 from reward_service.preferences.labeling_protocol import InvalidLabelsError, label_chunks
@@ -414,6 +415,14 @@ def test_an_address_that_may_hold_a_secret_is_refused(url: str) -> None:
     with pytest.raises(UserError) as caught:
         completer(url)
     assert "hunter2" not in str(caught.value)
+
+
+def test_no_spelling_of_a_link_local_address_is_asked() -> None:
+    with pytest.raises(UserError, match="a link-local address"):
+        completer("http://169.254.169.254/v1")
+    assert failure("http://2852039166/v1") == (
+        "not asked: 2852039166 is 169.254.169.254, a link-local address, which no endpoint may be at"
+    )
 
 
 @pytest.mark.parametrize("url", ["http://", "http://h:hunter2/", "http://[hunter2/", "hunter2"])

@@ -24,6 +24,7 @@ from reward_service.labeling.people import invite
 from reward_service.labeling.server import serve
 from reward_service.preferences.store import PreferenceStore
 from tests.integration.labeling_site import SECRETS, Labeler, Page, running_site, task
+from tests.postgres_server import new_database, postgres_server
 
 HOSTILE = {
     "script": "<script>alert(1)</script><img src=x onerror=alert(2)>",
@@ -453,28 +454,36 @@ def test_a_public_address_needs_leave_and_the_way_out_is_said(tmp_path: Path) ->
 
 
 def test_ctrl_c_closes_the_page_cleanly(tmp_path: Path) -> None:
-    with served(tmp_path) as (server, url):
+    store_url = f"sqlite:///{tmp_path / 'preferences.db'}"
+    with served(store_url, tmp_path) as (server, url):
         assert httpx.get(url).status_code == 401
         server.send_signal(signal.SIGINT)
         output, _ = server.communicate(timeout=20)
         assert server.returncode == 0
         assert "Traceback" not in output
-    with served(tmp_path) as (_, taken), pytest.raises(UserError, match="another port"):
+    with served(store_url, tmp_path) as (_, taken), pytest.raises(UserError, match="another port"):
         serve("sqlite://", config=PeopleConfig(), run_name="demo", port=int(taken.rsplit(":", 1)[1]))
 
 
 SERVE = """
 import sys
+from pathlib import Path
 from configs.labels import PeopleConfig
 from reward_service.labeling.server import serve
-serve(sys.argv[1], config=PeopleConfig(), run_name="demo", port=int(sys.argv[2]))
+serve(
+    sys.argv[1],
+    config=PeopleConfig(),
+    run_name="demo",
+    port=int(sys.argv[2]),
+    secret_path=Path(sys.argv[3]),
+)
 """
 
 
 @contextmanager
-def served(folder: Path, *, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run the server in a process of its own."""
-    command = [sys.executable, "-c", SERVE, f"sqlite:///{folder / 'preferences.db'}", str(port)]
+def served(store_url: str, folder: Path, *, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run the server in a process of its own; its secret is kept in the folder."""
+    command = [sys.executable, "-c", SERVE, store_url, str(port), str(folder / "labeling.secret")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
             assert server.stdout is not None
@@ -527,21 +536,30 @@ def in_threads(url: str, links: list[str], *, seconds: float) -> tuple[list[thre
     return threads, acknowledged
 
 
-def test_no_acknowledged_label_is_lost_when_the_server_is_killed(tmp_path: Path) -> None:
-    store = PreferenceStore.open(f"sqlite:///{tmp_path / 'preferences.db'}")
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'preferences.db'}"
+        return
+    with postgres_server() as folder:
+        yield new_database(folder)
+
+
+def test_no_acknowledged_label_is_lost_when_the_server_is_killed(store_url: str, tmp_path: Path) -> None:
+    store = PreferenceStore.open(store_url)
     store.add_tasks([task(n) for n in range(120)])
     links = [invite(store, f"L{n}", base_url="") for n in range(6)]
-    with served(tmp_path) as (server, url):
+    with served(store_url, tmp_path) as (server, url):
         port = int(url.rsplit(":", 1)[1])
         threads, acknowledged = in_threads(url, links, seconds=120)
         _wait_for(lambda: len(acknowledged) >= 15)
         os.kill(server.pid, signal.SIGKILL)
     for round in range(2, 6):
-        with served(tmp_path, port=port) as (server, _):
+        with served(store_url, tmp_path, port=port) as (server, _):
             wanted = 15 * round
             _wait_for(lambda: len(acknowledged) >= wanted)  # noqa: B023
             os.kill(server.pid, signal.SIGKILL)
-    with served(tmp_path, port=port):
+    with served(store_url, tmp_path, port=port):
         for thread in threads:
             thread.join(timeout=120)
     labels = store.labels(standing_only=False)
@@ -561,16 +579,19 @@ def _wait_for(condition: Callable[[], bool], *, seconds: float = 60.0) -> None:
 
 
 @pytest.mark.slow
-def test_fifty_labelers_at_once_label_no_task_too_often(tmp_path: Path) -> None:
-    store = PreferenceStore.open(f"sqlite:///{tmp_path / 'preferences.db'}")
+def test_fifty_labelers_at_once_label_no_task_too_often(
+    store_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = PreferenceStore.open(store_url)
     store.add_tasks([task(n, overlap=2) for n in range(1000)])
     links = [invite(store, f"L{n}", base_url="") for n in range(50)]
-    with served(tmp_path) as (_, url):
+    with served(store_url, tmp_path) as (_, url):
         started = time.monotonic()
         threads, acknowledged = in_threads(url, links, seconds=240)
         for thread in threads:
             thread.join()
-        print(f"2,000 submits by 50 labelers in {time.monotonic() - started:.1f} s")
+        with capsys.disabled():
+            print(f"2,000 submits by 50 labelers in {time.monotonic() - started:.1f} s")
     labels = store.labels(standing_only=False)
     assert sorted(acknowledged) == sorted(label.label_id for label in labels)
     assert set(Counter(label.task_id for label in labels).values()) == {2}

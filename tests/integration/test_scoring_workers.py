@@ -201,7 +201,9 @@ def test_a_nan_reward_ends_the_group_and_saves_it(policy: Path, rollouts: list[R
     assert "r0/i2/p02#0" in str(error)
     assert error.incident is not None
     record = json.loads(Path(error.incident).read_text())
-    assert record["prompts"] == [f"prompt {number}" for number in range(6)]
+    assert (record["kind"], record["round"], record["iteration"]) == ("reward_failed", 0, 2)
+    saved = (tmp_path / "incidents" / record["data"]["batch"]).read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in saved] == [f"prompt {number}" for number in range(6)]
     ray.kill(pool)
 
 

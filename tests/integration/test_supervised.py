@@ -17,9 +17,10 @@ from configs.learner import LearnerConfig, OptimizerConfig
 from configs.run import RunConfig
 from learner import worker
 from learner.batch import TokenSequence
+from learner.comparison_task import ComparisonTask
 from learner.comparisons import BASE, ComparisonSource, RewardModelJob, read_comparisons, split
 from learner.models import load_policy, scalar_from_policy
-from learner.reward_modelling import ComparisonTask, train_reward_model
+from learner.reward_modelling import train_reward_model
 from learner.supervised import DemonstrationTask, train_sft
 from learner.supervised_loop import StageContext, encode_pair
 from protocol.tokens import load_tokenizer
@@ -233,6 +234,36 @@ def test_a_reward_model_learns_what_is_preferred(policy: Path, tmp_path: Path) -
             for side in ("chosen", "rejected")
         }
     assert np.mean(scores["chosen"] > scores["rejected"]) > 0.75
+
+
+def kind_rankings(*, seed: int, count: int) -> Iterator[dict[str, Any]]:
+    """Rankings of four answers by how often they say `please`; two of them are tied."""
+    rng = random.Random(seed)
+    for number in range(count):
+        counts = rng.sample([0, 1, 2, 2, 4], 4)
+        answers = [" ".join(["please"] * kind + rng.sample(WORDS, 3)) for kind in counts]
+        ranks = [1 + sum(other > kind for other in counts) for kind in counts]
+        yield {"prompt": f"say {rng.choice(WORDS)} {number}", "completions": answers, "ranks": ranks}
+
+
+@pytest.mark.parametrize("loss", ["pairwise", "plackett_luce"])
+def test_every_loss_learns_from_rankings_by_one_setting(policy: Path, tmp_path: Path, loss: str) -> None:
+    config = small_config(
+        tmp_path,
+        f"data.preferences={{source: '{HERE}:kind_rankings', count: 60}}",
+        f"learner.reward_model.loss={loss}",
+        "learner.reward_model.margin=none",
+        "learner.reward_model.num_epochs=5",
+        "learner.reward_model.heldout_fraction=0.25",
+        "learner.reward_model.optimizer.learning_rate=3e-3",
+    )
+    output = tmp_path / "v000"
+    wanted = job(config, policy=policy, output=output)
+    found = train_reward_model(config, context(), job=wanted, report=lambda figures: None)
+    assert found["heldout"]["accuracy"] > 0.75
+    assert found["heldout"]["nll_nats"] < np.log(2)
+    named = {"pairwise": "Bradley-Terry, mean over pairs", "plackett_luce": "Plackett-Luce on rankings"}[loss]
+    assert f"| algorithm | {named} |" in (output / "README.md").read_text()
 
 
 def score(model: Any, sequence: TokenSequence) -> float:

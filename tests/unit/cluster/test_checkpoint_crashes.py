@@ -3,15 +3,18 @@
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster import checkpoint, retention
 from cluster.checkpoint import Checkpoint
+from cluster.committer import Committer
 from cluster.schedule import Phase, RunState
 from configs.cluster import ClusterConfig
 from protocol.errors import UserError
@@ -20,6 +23,7 @@ from tests.crashes import (
     NamesChanged,
     Operation,
     Recording,
+    Returned,
     Synced,
     crash_states,
     record,
@@ -33,7 +37,12 @@ SETTINGS = ClusterConfig(checkpoints_kept=1, checkpoint_period_iterations=2)
 
 
 def commit(run: Path, number: int) -> Checkpoint:
-    """Commit the n-th checkpoint of the story; files come in three sizes and two directories."""
+    """Commit the n-th checkpoint of the story."""
+    return checkpoint.commit(run / "checkpoints", **contents(number))
+
+
+def contents(number: int) -> dict[str, Any]:
+    """Make up the n-th checkpoint of the story; files come in three sizes and two directories."""
     round, iteration = PLACES[number]
 
     def write_parts(staging: Path) -> None:
@@ -43,21 +52,20 @@ def commit(run: Path, number: int) -> Checkpoint:
 
     phase = Phase.EVALUATE if iteration == 6 else Phase.OPTIMISE
     state = RunState(phase=phase, round=round, iteration=iteration, policy_version=number)
-    return checkpoint.commit(
-        run / "checkpoints",
-        checkpoint.name_of(round=round, iteration=iteration),
-        driver={"state": state.to_json(), "number": number},
-        config_hash="abc",
-        write_parts=write_parts,
-    )
+    return {
+        "name": checkpoint.name_of(round=round, iteration=iteration),
+        "driver": {"state": state.to_json(), "number": number},
+        "config_hash": "abc",
+        "write_parts": write_parts,
+    }
+
+
+def kept(found: Sequence[Checkpoint]) -> set[str]:
+    return retention.kept(found, SETTINGS, best_version=0, referred=())
 
 
 def retain(run: Path, latest: Checkpoint) -> None:
-    checkpoint.retain(
-        run / "checkpoints",
-        latest,
-        choose=lambda found: retention.kept(found, SETTINGS, best_version=0, referred=()),
-    )
+    checkpoint.retain(run / "checkpoints", latest, choose=kept)
 
 
 def told(run: Path, *, commits: int) -> Recording:
@@ -148,6 +156,25 @@ def test_of_the_story_the_last_and_the_end_of_the_round_remain(tmp_path: Path) -
     told(tmp_path / "run", commits=len(PLACES))
     names = [path.name for path in checkpoint.committed(tmp_path / "run" / "checkpoints")]
     assert names == ["r001-i000006.02", "r002-i000002"]
+
+
+def test_what_is_tried_here_is_what_a_run_does_in_the_background(tmp_path: Path) -> None:
+    """The same operations in the same order, so that all of the above holds for the committer's thread."""
+    ours = told(tmp_path / "ours", commits=len(PLACES))
+    run = tmp_path / "run"
+    run.mkdir()
+    with record(run) as recording:
+        committer = Committer(run / "checkpoints", settings=SETTINGS, report=lambda incident: None)
+        for number in range(len(PLACES)):
+            committer.begin(**contents(number), choose=kept)
+            committer.settle()
+    assert [spelled(o) for o in recording.operations] == [
+        spelled(o) for o in ours.operations if not isinstance(o, Returned)
+    ]
+
+
+def spelled(operation: Operation) -> str:
+    return re.sub(r"-[0-9a-f]{8}'", "-'", repr(operation))
 
 
 def test_every_sync_of_a_commit_is_needed(tmp_path: Path, scratch: Path) -> None:

@@ -15,11 +15,12 @@ import pytest
 from cluster.report import write_report
 from cluster.report_charts import Axis, Point, Series, round_numbers, xy_chart
 from cluster.report_judgement import wilson
-from cluster.report_origins import HIDDEN, flattened, without_secrets
+from cluster.report_origins import flattened, without_secrets
 from cluster.report_parts import clipped, duration, number, signed, spread
 from cluster.report_record import read_record
 from cluster.run_directory import RunDirectory, claim
 from cluster.schedule import Phase, RunState
+from configs.addresses import HIDDEN
 from configs.run import RunConfig
 from protocol.files import write_json
 from reward_service.preferences.store import PreferenceStore
@@ -155,6 +156,10 @@ def test_the_summary_says_what_happened_to_somebody_who_was_not_there(finished: 
         assert sentence in text
 
 
+def test_an_incident_comes_with_the_command_that_shows_it(finished: str) -> None:
+    assert "rondo incident show <i>nonfinite</i>.json" in Page(finished).said("td")
+
+
 def test_the_win_matrix_is_the_ladders_and_its_mirror_image(tmp_path: Path) -> None:
     config = written_config(tmp_path)
     directory = write_run(config)
@@ -212,17 +217,12 @@ def test_secrets_do_not_appear(finished: str) -> None:
 
 
 def test_passwords_in_addresses_do_not_appear(tmp_path: Path) -> None:
-    reward = '{"kind": "http", "name": "r", "url": "http://ada:hush@127.0.0.1:8000/score"}'
-    config = written_config(
-        tmp_path,
-        f"scoring.rewards=[{reward}]",
-        "rounds.count=1",
-        "rounds.overrides={}",
-        "rounds.collect.comparisons=0",
-        "models.critic.init=policy",
-    )
-    html = reported(claim(config), config)
-    assert "ada:(hidden)@127.0.0.1:8000/score" in html
+    # No configuration is loaded with one; this one says it all the same.
+    config = written_config(tmp_path)
+    prompts = config.data.prompts.model_copy(update={"source": "https://ada:hush@127.0.0.1:8000/prompts"})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"prompts": prompts})})
+    html = write_report(claim(written_config(tmp_path)), config, None).read_text(encoding="utf-8")
+    assert "ada:(hidden)@127.0.0.1:8000/prompts" in html
     assert "hush" not in html
 
 

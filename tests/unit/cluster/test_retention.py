@@ -23,7 +23,8 @@ def run(rounds: int, *, last: int = ITERATIONS) -> list[Checkpoint]:
             version = 100 * round + iteration
             state = RunState(phase=phase, round=round, iteration=iteration, policy_version=version)
             directory = Path(name_of(round=round, iteration=iteration))
-            found.append(Checkpoint(directory=directory, driver={"state": state.to_json()}, config_hash="abc"))
+            driver = {"state": state.to_json()}
+            found.append(Checkpoint(directory=directory, driver=driver, config_hash="abc", num_bytes=7))
     return found
 
 

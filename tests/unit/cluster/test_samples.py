@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from cluster import samples
+from protocol.errors import UserError
 from protocol.messages import PolicyVersions, Prompt, Rollout, RolloutKey, RolloutMeta
 
 
@@ -46,3 +48,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_repeated_3grams_are_counted() -> None:
     # 3 1 2 | 1 2 3 | 2 3 1 | 3 1 2 (again) | 1 2 9: one of five has come before.
     assert RolloutMeta.of(rollout(0)).repeated_fraction == 1 - 4 / 5
+
+
+def test_a_damaged_file_is_an_error_with_the_line_and_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "v004.jsonl"
+    samples.write(path, [rollout(number) for number in range(3)])
+    whole = path.read_bytes()
+    second = whole.index(b"\n") + 1
+    for damaged in (
+        whole[: second + 40],
+        whole[:second] + b"\xff" + whole[second:],
+        whole.replace(b"response_ids", b"r"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{path}, line [12]: the responses .* cannot be read.*`rm {path}`"):
+            samples.read(path)

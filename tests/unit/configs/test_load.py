@@ -120,3 +120,14 @@ def test_a_long_value_is_cut_short_in_the_message() -> None:
 def test_an_override_that_names_no_round_is_not_ignored(name: str) -> None:
     with pytest.raises(ConfigError, match="numbered from 1 to 2"):
         load("quickstart", [f"rounds.overrides.{name}.iterations=5"])
+
+
+def test_an_endpoint_has_to_answer_before_its_worker_is_given_up() -> None:
+    reward = [
+        "models.critic.init=policy",
+        "scoring.rewards=[{kind: http, name: a, url: 'http://h/', deadline_s: 60.0}]",
+    ]
+    reward += ["rounds.collect.comparisons=0", "rounds.overrides={}", "rounds.heldout_share=0.0"]
+    with pytest.raises(ConfigError, match=r"deadline_s = 60 is not below cluster\.deadlines\.score_s = 60"):
+        load("quickstart", [*reward, "cluster.deadlines.score_s=60"])
+    assert load("quickstart", [*reward, "cluster.deadlines.score_s=61"]).cluster.deadlines.score_s == 61

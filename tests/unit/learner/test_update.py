@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from configs.algorithm import AlgorithmConfig, APAConfig, KLControllerConfig, PPOConfig
-from configs.learner import LearnerConfig, OptimizerConfig
+from configs.learner import BatchGuardsConfig, LearnerConfig, OptimizerConfig
 from learner.experience import PassSettings, flatten
-from learner.training import NonFiniteError
 from learner.update import Updater, UpdateSettings
 from protocol import metrics as names
+from protocol.errors import NonFiniteError
 from protocol.messages import PolicyVersions, ScoredBatch, ScoredRollout, UpdateReport
 from tests.learner_batches import scored_batch, tiny_critic, tiny_policy
 from tests.plain_engine import PlainEngine
@@ -42,6 +42,7 @@ def make(
     layout: Any = "sorted",
     pad_id: int = 0,
     settings: LearnerConfig | None = None,
+    guards: BatchGuardsConfig | None = None,
 ) -> Updater:
     settings = settings or LearnerConfig()
     return Updater(
@@ -52,6 +53,7 @@ def make(
             passes=PassSettings(temperature=1.0, token_budget=token_budget, layout=layout, pad_id=pad_id),
             max_response_tokens=24,
             run_seed=0,
+            guards=guards,
         ),
     )
 

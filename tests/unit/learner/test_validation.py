@@ -1,11 +1,17 @@
 """The validation of a reward model, against numbers by hand."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from learner.validation import expected_calibration_error, paired_gain, validation_report
+from learner.validation import best_temperature, expected_calibration_error, paired_gain, validation_report
+
+VECTORS = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())
 
 
 def test_report_by_hand() -> None:
@@ -86,3 +92,63 @@ def test_pairs_of_one_prompt_are_drawn_together() -> None:
     )  # fmt: skip
     assert found["gain"] == pytest.approx(0.6)
     assert found["ci_low"] < 0.4
+
+
+def cross_entropy(gaps: list[float], labels: list[float], temperature: float) -> float:
+    total = 0.0
+    for gap, p in zip(gaps, labels, strict=True):
+        x = gap / temperature
+        total += p * math.log1p(math.exp(-x)) + (1 - p) * math.log1p(math.exp(x))
+    return total / len(gaps)
+
+
+def test_v12c_recalibration_on_soft_labels() -> None:
+    v = VECTORS["V12c_recalibrate"]
+    found = best_temperature(np.array(v["score_diff"]), np.array(v["soft_labels"]))
+    assert found == pytest.approx(v["T"], abs=1e-4)
+    assert cross_entropy(v["score_diff"], v["soft_labels"], found) == pytest.approx(v["ce"], abs=1e-7)
+    assert cross_entropy(v["score_diff"], v["soft_labels"], 1.0) == pytest.approx(v["ce_T1"], abs=1e-7)
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    pairs=st.lists(st.tuples(st.floats(-5, 5), st.floats(0.02, 0.98)), min_size=1, max_size=8),
+    factor=st.floats(0.2, 5.0),
+    data=st.data(),
+)
+def test_the_temperature_is_the_best_and_scales_with_the_scores(
+    pairs: list, factor: float, data: st.DataObject
+) -> None:
+    gaps, labels = [gap for gap, _ in pairs], [p for _, p in pairs]
+    found = best_temperature(np.array(gaps), np.array(labels))
+    if found is None or not 1e-2 < found < 1e2:
+        return
+    for other in (0.5, 0.9, 1.1, 2.0):
+        assert cross_entropy(gaps, labels, found) <= cross_entropy(gaps, labels, found * other) + 1e-12
+    order = data.draw(st.permutations(range(len(pairs))))
+    # Turning a pair round, together with its label, changes nothing.
+    turned = best_temperature(-factor * np.array(gaps)[order], 1 - np.array(labels)[order])
+    assert turned == pytest.approx(factor * found, rel=1e-6)
+
+
+def test_labels_that_no_temperature_fits_have_none() -> None:
+    assert best_temperature(np.array([1.0, 2.0]), np.ones(2)) is None  # nothing wrong: the colder the better
+    assert best_temperature(np.array([1.0, -2.0]), np.ones(2)) is None  # more wrong than right: the hotter the better
+    assert best_temperature(np.zeros(3), np.ones(3)) is None
+    assert best_temperature(np.array([2.0, 2.0, -2.0]), np.ones(3)) == pytest.approx(2 / math.log(2))
+
+
+def test_the_report_says_by_how_much_a_model_is_too_sure() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(0, 1.5, size=20_000)
+    right = rng.random(20_000) < 1 / (1 + np.exp(-truth))
+    scores = np.zeros(40_000)
+    scores[::2] = 3 * truth
+    first, second = np.arange(0, 40_000, 2), np.arange(1, 40_000, 2)
+    found = validation_report(
+        scores,
+        better=np.where(right, first, second),
+        worse=np.where(right, second, first),
+        response_tokens=np.ones(40_000, np.int64),
+    )
+    assert found["temperature"] == pytest.approx(3, rel=0.05)

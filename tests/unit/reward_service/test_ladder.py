@@ -365,18 +365,40 @@ def test_no_length_control_without_lengths_that_vary(kind: str) -> None:
 
 
 def test_a_gap_of_one_is_174_elo() -> None:
-    assert predicted_elo(1.0) == pytest.approx(173.71779276)
+    assert predicted_elo([1.0]) == predicted_elo([1.0, 1.0]) == pytest.approx(173.71779276)
+    assert predicted_elo([40.0, 40.0]) == pytest.approx(40 * 173.71779276)
+
+
+def test_gaps_that_differ_promise_the_elo_of_how_often_they_win() -> None:
+    gaps = [3.0, -1.0, 0.0, 6.0]
+    share = sum(1 / (1 + math.exp(-gap)) for gap in gaps) / 4
+    assert predicted_elo(gaps) == pytest.approx(400 * math.log10(share / (1 - share)))
+    assert predicted_elo(gaps) < 173.7 * sum(gaps) / 4
+    assert predicted_elo([-gap for gap in gaps]) == pytest.approx(-predicted_elo(gaps))
+
+
+def test_a_perfect_reward_model_raises_no_alarm_where_gaps_differ() -> None:
+    rng = np.random.default_rng(0)
+    gaps = rng.normal(1.5, 3.0, size=2000)
+    wins = rng.random(2000) < 1 / (1 + np.exp(-gaps))
+    measured = fitted(
+        [Comparison(first="b", second="a", prompt_id=f"p{i}", outcome=float(w)) for i, w in enumerate(wins)]
+    )
+    scores = {"a": {f"p{i}": 0.0 for i in range(2000)}, "b": {f"p{i}": float(gap) for i, gap in enumerate(gaps)}}
+    found = drift(measured, scores, version="b", over="a")
+    assert not found.alarm
+    assert abs(found.predicted_elo - found.measured_elo) < 25
 
 
 def test_drift_raises_the_alarm_only_above_the_interval() -> None:
     ladder = fitted(TWO)
-    modest = drift(ladder, {"a": 0.5, "b": 0.5 + math.log(3)}, version="b", over="a")
+    modest = drift(ladder, {"a": {"p": 0.5}, "b": {"p": 0.5 + math.log(3)}}, version="b", over="a")
     assert modest.predicted_elo == pytest.approx(modest.measured_elo) == pytest.approx(190.84850189)
     assert not modest.alarm
-    boastful = drift(ladder, {"a": 0.0, "b": 3.0}, version="b", over="a")
+    boastful = drift(ladder, {"a": {"p": 0.0}, "b": {"p": 3.0}}, version="b", over="a")
     assert boastful.predicted_elo > boastful.ci[1]
     assert boastful.alarm
-    assert not drift(ladder, {"a": 0.0, "b": -1.0}, version="b", over="a").alarm
+    assert not drift(ladder, {"a": {"p": 0.0}, "b": {"p": -1.0}}, version="b", over="a").alarm
 
 
 def test_judges_are_kept_apart_in_the_record() -> None:

@@ -2,13 +2,20 @@
 
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from configs.scoring import FunctionRewardConfig, ScoringConfig, TruncationConfig
-from protocol.messages import RolloutKey
+from configs.scoring import (
+    FunctionRewardConfig,
+    LengthConfig,
+    SafetyFirstCombination,
+    ScoringConfig,
+    TruncationConfig,
+)
+from protocol.messages import FinishReason, PolicyVersions, Prompt, Rollout, RolloutKey
 from reward_service import scoring
 from reward_service.scoring import Calibration, RewardError
 
@@ -28,6 +35,26 @@ def array(*values: float) -> np.ndarray:
     return np.array(values, np.float32)
 
 
+def rollouts(
+    *finish_reasons: FinishReason, tokens: Sequence[int] = (), metadata: Sequence[dict[str, str]] = ()
+) -> list[Rollout]:
+    lengths, columns = tokens or [3] * len(finish_reasons), metadata or [{}] * len(finish_reasons)
+    return [
+        Rollout(
+            key=RolloutKey(0, 3, f"p{number}", 0),
+            prompt=Prompt(
+                prompt_id=f"p{number}", text="say", token_ids=np.array([5], np.int32), metadata=columns[number]
+            ),
+            response_ids=np.full(lengths[number], 7, np.int32),
+            behavior_logprobs=np.zeros(lengths[number], np.float32),
+            finish_reason=reason,
+            policy_versions=PolicyVersions(1, 1),
+            worker="rollout-0",
+        )
+        for number, reason in enumerate(finish_reasons)
+    ]
+
+
 def test_calibration_gives_mean_zero_and_unit_deviation() -> None:
     raw = np.array([3.0, 5.0, 7.0, 9.0])
     found = scoring.calibrate(raw)
@@ -44,15 +71,6 @@ def test_calibration_gives_mean_zero_and_unit_deviation() -> None:
 def test_calibration_refuses_scores_without_spread(raw: list) -> None:
     with pytest.raises(ValueError, match="calibration needs"):
         scoring.calibrate(np.array(raw))
-
-
-def test_combination_is_the_weighted_sum() -> None:
-    combined = scoring.combine(
-        {"harmless": array(2, 4), "helpful": array(1, -1)}, weights={"helpful": 2.0, "harmless": -0.5}
-    )
-    assert combined.tolist() == [1.0, -4.0]
-    with pytest.raises(ValueError, match="do not fit"):
-        scoring.combine({"helpful": array(1)}, weights={"helpful": 1.0, "harmless": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -78,15 +96,55 @@ def test_clip_comes_before_scale_and_is_counted() -> None:
     assert fraction == 0.0
 
 
+def test_v19_the_overlong_ramp() -> None:
+    vector = VECTORS["V19_eos"]["overlong"]
+    charged = scoring.apply_length(
+        array(0, 0, 0, 2),
+        response_tokens=vector["len"],
+        length=LengthConfig(buffer_tokens=vector["buffer"], penalty=vector["factor"]),
+        max_response_tokens=vector["max_new"],
+    )
+    np.testing.assert_allclose(charged, np.add(vector["penalty"], [0, 0, 0, 2]), atol=1e-6)
+
+
 def test_total_follows_the_normative_order() -> None:
     # 2*2 - .5*2 = 3; truncated: 3 - 5 = -2, clipped to -1, scaled by 10. Clipping first would give -40.
     total, fraction = scoring.total_scores(
         {"helpful": array(2, 2, 0.25), "harmless": array(2, 2, 0)},
-        finish_reasons=["length", "stop", "stop"],
+        rollouts=rollouts("length", "stop", "stop"),
         config=config(truncation=TruncationConfig(rule="subtract", penalty=5.0), clip=1.0, scale=10.0),
+        max_response_tokens=8,
     )
     assert total.tolist() == [-10.0, 10.0, 5.0]
     assert fraction == pytest.approx(2 / 3)
+
+
+def test_a_truncated_response_pays_for_its_length_and_for_the_missing_end() -> None:
+    charges = {"length": LengthConfig(buffer_tokens=4, penalty=2.0)}
+    for rule, expected in (("subtract", [-5.0, -1.0]), ("replace", [-3.0, -1.0])):
+        total, _ = scoring.total_scores(
+            {"helpful": array(0, 0), "harmless": array(0, 0)},
+            rollouts=rollouts("length", "stop", tokens=(8, 6)),
+            config=config(truncation=TruncationConfig(rule=rule, penalty=3.0), **charges),
+            max_response_tokens=8,
+        )
+        assert total.tolist() == expected
+
+
+def test_the_safety_tag_comes_from_the_prompt() -> None:
+    rewards = [FunctionRewardConfig(name=n, path="a.b:c", normalization="reference") for n in ("helpful", "harmless")]
+    gate = SafetyFirstCombination(helpfulness="helpful", safety="harmless", tag="risky")
+    settings = ScoringConfig(rewards=rewards, combine=gate, truncation=TruncationConfig(rule="none"))
+    scores = {"helpful": array(3, 3, 3, 3), "harmless": array(-1, -1, -1, -2)}
+
+    def total(*tags: dict[str, str]) -> list[float]:
+        given = rollouts(*["stop"] * 4, metadata=tags)
+        return scoring.total_scores(scores, rollouts=given, config=settings, max_response_tokens=8)[0].tolist()
+
+    # sigma(-2) = .12 is below .15 whatever the tag says; sigma(-1) = .27 is not.
+    assert total({}, {"risky": "true"}, {"risky": "False"}, {"topic": "true"}) == [3.0, -1.0, 3.0, -2.0]
+    with pytest.raises(RewardError, match=r"p2#0: the prompt's column risky says 'maybe'"):
+        total({}, {}, {"risky": "maybe"}, {})
 
 
 def test_a_failed_component_names_itself_and_the_response() -> None:

@@ -1,0 +1,87 @@
+"""Whether a batch was sampled by the policy that it names: the engine's log-probs against the learner's own.
+
+    w_t = pi_old(y_t) / mu(y_t) = exp(clamp(l_old - l_mu, +-20)),    ESS = (sum w)^2 / (n sum w^2)
+
+In synchronous runs both are the same weights, so every w is one but for rounding; stale weights, another template or
+another distribution show here before anything is learned from them. Source: algorithms.md 18.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from configs.learner import BatchGuardsConfig
+from learner.experience import ResponseBatch
+from protocol import metrics as names
+from protocol.errors import UntrustedBatchError
+from protocol.messages import ScoredBatch
+
+_CLAMP_NATS = 20.0
+
+
+def require_version(batch: ScoredBatch) -> None:
+    """Refuse a batch that was sampled by another version than the one that the learner published last.
+
+    Raises:
+        UntrustedBatchError: Naming the first response, its version and its worker.
+    """
+    version = batch.policy_version
+    for rollout in (scored.rollout for scored in batch.rollouts):
+        first, last = rollout.policy_versions
+        if not first == last == version:
+            sampled = f"version {first}" if first == last else f"versions {first} to {last}"
+            text = f"rollout {rollout.key} was sampled by {sampled} on {rollout.worker}, the learner's is {version}"
+            raise UntrustedBatchError(text)
+
+
+def gap_metrics(responses: ResponseBatch, old_logprobs: Tensor) -> dict[str, float]:
+    """Compare the log-probs that were recorded when sampling with the learner's, before the first step.
+
+    Args:
+        responses: The batch; tokens of other policy versions are left out.
+        old_logprobs: [N] the learner's.
+
+    Returns:
+        Metric name -> number; nothing if there is no token of this version.
+    """
+    here = responses.on_policy
+    if not here.any():
+        return {}
+    gaps = (old_logprobs - responses.behavior_logprobs)[here].double()
+    weights = gaps.clamp(-_CLAMP_NATS, _CLAMP_NATS).exp()
+    tail = weights.kthvalue(math.ceil(0.999 * len(weights))).values
+    ess = weights.sum().square() / (len(weights) * weights.square().sum())
+    numbers = torch.stack([gaps.abs().max(), gaps.abs().mean(), weights.max(), tail, ess]).tolist()
+    keys = (names.SYNC_LOGPROB_GAP, names.SYNC_LOGPROB_GAP_MEAN, names.SYNC_RATIO_MAX, names.SYNC_RATIO_P999)
+    return dict(zip((*keys, names.SYNC_ESS_FRACTION), numbers, strict=True))
+
+
+def require_trust(
+    responses: ResponseBatch, old_logprobs: Tensor, *, found: dict[str, float], guards: BatchGuardsConfig
+) -> None:
+    """Refuse a batch whose figures are beyond their bounds.
+
+    Args:
+        responses: The batch.
+        old_logprobs: [N] the learner's log-probs.
+        found: What `gap_metrics` says of them.
+        guards: The bounds; those that are not set are not looked at.
+
+    Raises:
+        UntrustedBatchError: Naming the figure, its bound, its configuration key and the response that is farthest off.
+    """
+    bounds = (
+        (names.SYNC_LOGPROB_GAP_MEAN, "logprob_gap_mean_nats", guards.logprob_gap_mean_nats, 1),
+        (names.SYNC_RATIO_P999, "ratio_p999", guards.ratio_p999, 1),
+        (names.SYNC_ESS_FRACTION, "ess_fraction", guards.ess_fraction, -1),
+    )
+    for metric, key, bound, sign in bounds:
+        if found and bound is not None and not sign * found[metric] <= sign * bound:
+            gaps = torch.where(responses.on_policy, old_logprobs - responses.behavior_logprobs, 0).abs()
+            side = "above" if sign > 0 else "below"
+            raise UntrustedBatchError(
+                f"{metric} = {found[metric]:.4g} is {side} learner.guards.{key} = {bound:g}: the rollout workers did "
+                "not sample from the policy that the learner holds; farthest off is "
+                f"{responses.place(int(gaps.argmax()))}"
+            )

@@ -1,0 +1,39 @@
+"""Incidents are kept and said, and said also where they cannot be kept."""
+
+import json
+from pathlib import Path
+
+from cluster.incident_log import IncidentLog
+from cluster.schedule import Phase, RunState
+from protocol.incidents import Incident
+from tests.small_disk import files_no_longer_than
+
+INCIDENT = Incident(kind="checkpoint_failed", what="no room", where="here", cause="28 bytes", action="the run goes on")
+
+
+def test_an_incident_is_a_record_and_a_line(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = IncidentLog(tmp_path / "incidents", say=said.append)
+    log.at(RunState(phase=Phase.OPTIMISE, round=2, iteration=7, policy_version=9))
+    log(INCIDENT)
+    [path] = (tmp_path / "incidents").iterdir()
+    found = json.loads(path.read_text())
+    assert (found["kind"], found["round"], found["iteration"], found["policy_version"]) == (
+        "checkpoint_failed",
+        2,
+        7,
+        9,
+    )
+    assert said == [f"incident: no room; the run goes on (incidents/{path.name})"]
+
+
+def test_one_that_cannot_be_written_is_said_with_its_cause(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = IncidentLog(tmp_path / "incidents", say=said.append)
+    with files_no_longer_than(10):
+        log(INCIDENT)
+    assert list((tmp_path / "incidents").iterdir()) == []
+    [line] = said
+    assert line.startswith("incident: no room; the run goes on (no record of it could be written: ")
+    assert "File too large" in line
+    assert "28 bytes" in line

@@ -1,0 +1,40 @@
+"""What is looked at before anything starts: that policies are judged on prompts which they have not learned from."""
+
+import logging
+
+import pytest
+
+from cluster import preflight
+from configs.load import load
+from protocol.errors import UserError
+from tests.tiny_run import TINY
+
+HELD_OUT = ("a", "b", "c", "d")
+
+
+def test_prompts_that_are_apart_pass_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    preflight.require_held_out(HELD_OUT, {"data.prompts": {"x", "y"}, "data.preferences": set()})
+    preflight.require_held_out((), {"data.prompts": {"x"}})
+    assert caplog.text == ""
+
+
+def test_a_few_that_are_shared_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        preflight.require_held_out(HELD_OUT, {"data.prompts": {"x"}, "data.demonstrations": {"a", "b", "x"}})
+    assert "2 of 4 prompts of data.eval_prompts are in data.demonstrations too, such as 'a'" in caplog.text
+
+
+def test_more_than_half_are_refused() -> None:
+    with pytest.raises(UserError, match=r"3 of 4 prompts of data\.eval_prompts are in data\.prompts too"):
+        preflight.require_held_out(HELD_OUT, {"data.prompts": {"a", "b", "c"}})
+
+
+def test_a_run_that_evaluates_on_its_training_prompts_does_not_start() -> None:
+    config = load("quickstart", [*TINY, "data.eval_prompts={source: examples.quickstart.data:prompts, count: 16}"])
+    with pytest.raises(UserError, match=r"16 of 16 prompts of data\.eval_prompts are in data\.prompts too"):
+        preflight.check(config)
+
+
+def test_the_quickstart_is_apart(caplog: pytest.LogCaptureFixture) -> None:
+    preflight.check(load("quickstart", [*TINY]))
+    assert "held out" not in caplog.text
