@@ -61,7 +61,7 @@ class World:
     def collect(self) -> ScoredReferences:
         self._lose("score")
         group = ScoredGroup(metas=tuple(self.metas), rollouts=(), rewards=None, reference=None)
-        summary = ScoringSummary(means={}, scores={}, gold={}, kl_nats={}, busy_s={})
+        summary = ScoringSummary(means={}, scores={}, components={}, gold={}, kl_nats={}, busy_s={})
         return ScoredReferences(groups=(group,), summary=summary)
 
     def update(self, batch: ScoredReferences, *, round: int, iteration: int) -> UpdateReport:
