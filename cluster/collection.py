@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from protocol.tokens import decode
 from reward_service.ladder import Ladder
 from reward_service.preferences.exchange import training_rows
 from reward_service.preferences.labeling_protocol import Labeler, label_chunks
+from reward_service.preferences.outbound import num_pairs
 from reward_service.preferences.records import Candidate, LabeledTask, Purpose, Task
 from reward_service.preferences.selection import form_tasks
 from reward_service.preferences.store import PreferenceStore
@@ -147,7 +148,8 @@ class Collection:
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            self._note(path, labeled, text.encode(), round=round)  # first: a file that is there is not noted again
+            counts = {"tasks": len(rows), "pairs": sum(map(num_pairs, rows)), "sha256": lineage.sha256(text.encode())}
+            self._note(path, labeled, counts, round=round)  # first: a file that is there is not noted again
             write_text(path, text)
         return path
 
@@ -206,7 +208,7 @@ class Collection:
         found = Ladder.from_json(json.loads(self._directory.ladder.read_text()))
         return {frozenset((pair.version, pair.over)): pair.lead.se_elo**2 for pair in found.pairs}
 
-    def _note(self, path: Path, labeled: Sequence[LabeledTask], content: bytes, *, round: int) -> None:
+    def _note(self, path: Path, labeled: Sequence[LabeledTask], counts: Mapping[str, Any], *, round: int) -> None:
         policies = {candidate.policy for entry in labeled for candidate in entry.task.candidates}
         lineage.note(
             self._directory.lineage,
@@ -216,7 +218,7 @@ class Collection:
                 round=round,
                 config=config_hash(self._config),
                 parents=tuple(f"policies/{policy}" for policy in sorted(policies)),
-                data={"rows": content.count(b"\n"), "sha256": lineage.sha256(content)},
+                data=counts,
             ),
         )
 

@@ -11,7 +11,7 @@ from reward_service.preferences.store import PreferenceStore
 
 
 def render(store: PreferenceStore) -> RenderableType:
-    """Lay out the progress of every round, what each kind of labeler said, and their agreement."""
+    """Lay out the progress of every round, what each kind of labeler said, their agreement, and who was invited."""
     rounds = sorted({task.round for task in store.tasks()})
     progress = Table(title="Tasks")
     for header in ("round", "for", "tasks", "done", "preferences", "ties", "both bad", "skips", "invalid"):
@@ -22,7 +22,7 @@ def render(store: PreferenceStore) -> RenderableType:
             if found.tasks:
                 counts = (found.tasks, found.done, found.preferences, found.ties, found.both_bad, found.skips)
                 progress.add_row(str(number), purpose, *map(str, counts), str(found.invalid))
-    return Group(progress, _kinds(store), _agreement(store))
+    return Group(progress, _kinds(store), _agreement(store), _invited(store))
 
 
 def _kinds(store: PreferenceStore) -> RenderableType:
@@ -45,3 +45,13 @@ def _agreement(store: PreferenceStore) -> RenderableType:
         return Text("no task has labels of two labelers, so their agreement is not known")
     alpha = "not defined" if found.alpha_nominal is None else f"{found.alpha_nominal:.3f}"
     return Text(f"agreement of labelers: {found.percent:.1%} of pairs of judgements, Krippendorff's alpha {alpha}")
+
+
+def _invited(store: PreferenceStore) -> RenderableType:
+    table = Table(title="Invited to the labeling page")
+    for header in ("name", "role", "labels carry", "access"):
+        table.add_column(header)
+    labelers = store.labelers()
+    for one in labelers:
+        table.add_row(Text(one.display_name), one.role, one.labeler_id, "ended" if one.disabled else "open")
+    return table if labelers else Text("nobody was invited to the labeling page")

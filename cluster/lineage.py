@@ -49,6 +49,19 @@ def read(path: Path) -> list[Artefact]:
     return [Artefact(**{**entry, "parents": tuple(entry["parents"])}) for entry in entries.values()]
 
 
+def compared(artefact: Artefact) -> str | None:
+    """Say how many tasks and pairs comparisons hold; None for other artefacts.
+
+    Runs of before pairs were counted have kept the number of tasks alone, as rows.
+    """
+    data = artefact.data
+    if artefact.kind != "comparisons" or ("tasks" not in data and "rows" not in data):
+        return None
+    tasks: int = data["tasks"] if "tasks" in data else data["rows"]
+    pairs = [f"{data['pairs']:,} pairs"] if "pairs" in data else []
+    return ", ".join([f"{tasks:,} tasks", *pairs])
+
+
 def referred(path: Path, *, below: str) -> set[str]:
     """Find what the lineage refers to in one part of the run directory.
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.lineage import Artefact
+from cluster.lineage import Artefact, compared
 from cluster.report_parts import Cell, Folded, Node, Section, Table, clipped, number
 from cluster.report_record import Record
 from configs.addresses import HIDDEN, without_passwords
@@ -151,8 +151,8 @@ def _figures(artefact: Artefact) -> str:
         words.append(f"{data['iterations']} iterations" if "iterations" in data else "supervised")
     if "held-out accuracy" in data:
         words.append(f"held-out accuracy {number(data['held-out accuracy'], 3)}")
-    if "rows" in data:
-        words.append(f"{data['rows']} rows")
+    if held := compared(artefact):
+        words.append(held)
     if "stopped" in data:
         words.append(f"stopped: {data['stopped']}")
     return ", ".join(words)

@@ -11,6 +11,7 @@ from configs.data import SourceConfig
 from configs.labels import JudgeConfig, LabelerConfig, PeopleConfig, RewardModelLabelerConfig
 from configs.scoring import ModelRewardConfig
 from protocol import metrics as names
+from reward_service.preferences.labeling_report import num_comparisons
 
 _PHASES = {
     Phase.SFT: "training the supervised policy",
@@ -158,10 +159,21 @@ def _learnt_from(record: Record) -> str:
     for number_ in range(1, config.rounds.count + 1):
         plan = config.rounds.of(number_)
         if plan.collect.comparisons and plan.labeler is not None:
-            tasks = plural(plan.collect.comparisons, "comparison")
-            sources.append(f"{tasks} collected in round {number_} and judged by {_who(plan.labeler)}")
+            sources.append(f"{_collected(record, number_)} in round {number_} and judged by {_who(plan.labeler)}")
     refreshed = "is trained anew in every round that brings comparisons" if config.rounds.refresh else "is trained once"
     return f"The reward model {refreshed}; it learns from {listed(sources)}."
+
+
+def _collected(record: Record, round: int) -> str:
+    """Count the tasks that were formed of a round's responses, and the pairs in them; before that, those planned."""
+    formed = [
+        len(task.candidates)
+        for task in record.tasks
+        if (task.round, task.purpose) == (round, "training") and task.candidates[0].policy_version is not None
+    ]
+    if not formed:
+        return f"{plural(record.config.rounds.of(round).collect.comparisons, 'task')} to be collected"
+    return f"{plural(len(formed), 'task')} ({plural(sum(map(num_comparisons, formed)), 'pair')}) collected"
 
 
 def _outcome(record: Record) -> list[str]:

@@ -87,7 +87,7 @@ def _describe(artefact: Artefact) -> str:
     figures = {
         "policy": [f"{data['iterations']} iterations"] if "iterations" in data else ["supervised"],
         "reward_model": [f"held-out accuracy {data['held-out accuracy']:.3f}"] if "held-out accuracy" in data else [],
-        "comparisons": [f"{data['rows']} comparisons"] if "rows" in data else [],
+        "comparisons": [held] if (held := lineage.compared(artefact)) else [],
     }[artefact.kind]
     if "stopped" in data:
         figures.append(f"stopped: {data['stopped']}")

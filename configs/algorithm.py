@@ -1,10 +1,13 @@
 """How the policy is updated: one class per algorithm, chosen by `algorithm.name`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+AdvantageNorm = Literal["none", "batch_std_only", "whiten"]
+KLEstimator = Literal["k1", "k2", "k3"]
 
 
 class KLControllerConfig(Section):
@@ -17,35 +20,142 @@ class KLControllerConfig(Section):
     """Responses over which the controller may change the coefficient by about 20%."""
 
 
+class CorrectionConfig(Section):
+    """What the loss makes of samples that another policy drew: an older version, or the engine's other numerics.
+
+    w_t = pi_old / mu, where mu is the policy as the engine ran it and pi_old the learner's before the first step.
+    """
+
+    weight: Literal["none", "full", "tis", "clamp", "icepop", "sequence_mask", "sequence_tis"] = "none"
+    """What every token's loss is multiplied by. `full`: w, which makes PPO the decoupled PPO; `tis`: min(w, high);
+    `clamp`: w within [low, high]; `icepop`: w, but 0 outside [low, high]; `sequence_mask`: w, but 0 for responses whose
+    geometric mean of w is outside [low, high]; `sequence_tis`: min(product over the response, high). APA and AWR, which
+    have no ratio, take it for tokens of older versions only."""
+    low: PositiveFloat = 0.5
+    high: PositiveFloat = 2.0
+    old_policy: Literal["recomputed", "behavior"] = "recomputed"
+    """What PPO's ratio is taken against: the learner's own log-probs from before the first step, or (`behavior`, called
+    bypass) those that the engine recorded."""
+    alarm_k3: PositiveFloat = 1e-3
+    """An incident is written where the mean k3 between engine and learner, over tokens of this very version, is above
+    this."""
+
+    @model_validator(mode="after")
+    def _counts_once(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} must be less than high = {self.high}")
+        if self.old_policy == "behavior" and self.weight != "none":
+            raise ValueError(
+                f"weight = {self.weight} with old_policy = behavior would count the same ratio twice: pi / mu already "
+                "holds pi_old / mu; choose one of the two"
+            )
+        return self
+
+
 class AlgorithmBase(Section):
-    """What all policy-gradient algorithms with a critic have in common."""
+    """What all policy-gradient algorithms have in common."""
 
     minibatch_responses: PositiveInt = 64
     """Responses in one optimiser step, over all ranks."""
     num_epochs: PositiveInt = 1
     """Passes over the responses of an iteration, reshuffled each time."""
+    advantage: Literal["gae", "rloo", "grpo", "reinforce"] = "gae"
+    """What a token's advantage is. `gae`: by a critic. The others need none, and none is built: the response's reward
+    minus the mean over the prompt's other responses (`rloo`), over the batch (`reinforce`), or over the prompt's
+    responses and divided by their standard deviation (`grpo`), the same for every token."""
     gamma: Fraction = 1.0
     gae_lambda: Fraction = 0.95
+    """Of `gae`."""
     truncated_value: Literal["terminal", "bootstrap"] = "terminal"
     """What follows a response that was cut at the length limit: nothing, or the critic's estimate."""
     aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum_norm"] = "token_mean"
     critic_warmup_iterations: NonNegativeInt = 0
-    """Iterations at the start that train the critic alone."""
+    """Iterations at the start that train the critic alone; without a critic there are none."""
+    correction: CorrectionConfig = CorrectionConfig()
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a critic is trained."""
+        return self.advantage == "gae"
+
+    @property
+    def warmup_iterations(self) -> int:
+        """Iterations at the start in which the policy is left as it is."""
+        return self.critic_warmup_iterations if self.has_critic else 0
+
+    @model_validator(mode="after")
+    def _advantage_knows_its_means(self) -> Self:
+        if self.has_critic:
+            return self
+        if self.gamma != 1.0:
+            raise ValueError(
+                f"gamma = {self.gamma} discounts by token, but advantage = {self.advantage} gives all tokens of a "
+                "response the same; use gamma = 1 or advantage = gae"
+            )
+        if self.truncated_value == "bootstrap":
+            raise ValueError(
+                f"truncated_value = bootstrap needs a critic's estimate, and advantage = {self.advantage} has no critic"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bypass_needs_a_ratio(self) -> Self:
+        if self.correction.old_policy == "behavior" and not isinstance(self, PPOConfig):
+            raise ValueError(
+                "correction.old_policy = behavior changes what PPO's ratio is taken against, and this algorithm has no "
+                "ratio; use correction.weight"
+            )
+        return self
 
 
-class PPOConfig(AlgorithmBase):
-    """Proximal policy optimisation with clipped ratios and the KL penalty in the reward."""
+class PenalizedBase(AlgorithmBase):
+    """What the algorithms have in common that are held to the reference by a penalty of their own."""
+
+    kl_beta: NonNegativeFloat = 0.05
+    """The KL coefficient (its first value, where the controller adapts it), in units of the score; in the loss, in
+    those of the normalised advantages."""
+    kl_controller: KLControllerConfig = KLControllerConfig()
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL is charged: token by token in the reward, or as a term of the loss."""
+    kl_estimator: KLEstimator = "k1"
+    """k1 = lr for the reward; k2 = lr^2 / 2 for the loss, where its gradient is that of KL(policy || reference). k3 in
+    the loss has the gradient of the KL the other way round."""
+    entropy_bonus: NonNegativeFloat = 0.0
+    """Coefficient of the mean entropy per token, which is subtracted from the loss."""
+
+    @model_validator(mode="after")
+    def _estimator_works_there(self) -> Self:
+        if self.kl_in == "reward" and self.kl_estimator != "k1":
+            raise ValueError(
+                f"kl_estimator = {self.kl_estimator} in the reward has almost no KL gradient near the reference, so "
+                "the penalty would not hold the policy; use k1 in the reward, or kl_in = loss"
+            )
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator = k1 in the loss has an expected gradient of zero, so the penalty would do nothing; "
+                "use kl_estimator = k2"
+            )
+        return self
+
+
+class PPOConfig(PenalizedBase):
+    """Proximal policy optimisation with clipped ratios."""
 
     name: Literal["ppo"] = "ppo"
-    kl_beta: NonNegativeFloat = 0.05
-    """The KL coefficient (its first value, where the controller adapts it), in units of the score."""
-    kl_controller: KLControllerConfig = KLControllerConfig()
     clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
     clip_high: PositiveFloat = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """An upper bound on -ratio * advantage for negative advantages, as a multiple of the advantage."""
+    max_approx_kl: PositiveFloat | None = None
+    """The policy takes no further step in an iteration after one whose minibatch was further than this from the policy
+    before the first step: mean k2 per token, in nats."""
     value_clip: PositiveFloat | None = 0.2
-    adv_norm: Literal["none", "batch_std_only", "whiten"] = "whiten"
+    adv_norm: AdvantageNorm = "whiten"
+    ptx_coefficient: NonNegativeFloat = 0.0
+    """Above zero this is PPO-ptx: in every step, the gradient of so many times the mean negative log-likelihood per
+    token of texts of `data.pretraining` is added. InstructGPT's 27.8 is a place to start from only."""
+    ptx_texts: PositiveInt = 64
+    """Pretraining texts in one optimiser step, over all ranks."""
 
 
 class APAConfig(AlgorithmBase):
@@ -56,8 +166,33 @@ class APAConfig(AlgorithmBase):
     """The KL weight, in units of the score (one standard deviation of reference samples)."""
     num_epochs: PositiveInt = 2
     value_clip: PositiveFloat | None = None
-    adv_norm: Literal["none", "batch_std_only", "whiten"] = "none"
+    adv_norm: AdvantageNorm = "none"
     """Anything but "none" takes the units from apa_lambda; `whiten` is what the paper's released code does."""
 
 
-AlgorithmConfig = Annotated[PPOConfig | APAConfig, Field(discriminator="name")]
+class AWRConfig(PenalizedBase):
+    """Advantage-weighted regression: likelihood of the own samples, weighted by exponentiated advantages.
+
+    Nothing in it holds the policy near the reference, and every weight is positive, so that the entropy falls until
+    nothing is left of it; a `kl_beta` above zero is an anchor that the published algorithm does not have.
+    """
+
+    name: Literal["awr"] = "awr"
+    awr_lambda: PositiveFloat = 1.0
+    """The temperature of the weights, in units of the normalised advantages."""
+    max_weight: PositiveFloat | None = 20.0
+    num_epochs: PositiveInt = 2
+    kl_beta: NonNegativeFloat = 0.0
+    value_clip: PositiveFloat | None = None
+    adv_norm: AdvantageNorm = "whiten"
+
+
+class A2CConfig(PenalizedBase):
+    """Advantage actor-critic: the plain policy gradient, without a ratio, for fresh samples."""
+
+    name: Literal["a2c"] = "a2c"
+    value_clip: PositiveFloat | None = None
+    adv_norm: AdvantageNorm = "whiten"
+
+
+AlgorithmConfig = Annotated[PPOConfig | APAConfig | AWRConfig | A2CConfig, Field(discriminator="name")]

@@ -53,8 +53,8 @@ class RewardModelTrainingConfig(Section):
     margin: MarginKind = "none"
     """By how much the better score should lead. `none`: scores stay log-odds of being preferred. `given`: by the number
     in the data (a label's strength, 1 to 3), 0 where there is none. `large` and `small`: strengths of 0 to 3 as 0, 1,
-    2, 3 and as 0, 1/3, 2/3, 1 (Llama 2, table 27); any other number in the data is an error. Margins stretch scores, and
-    large ones split them in two, which is hard on RL."""
+    2, 3 and as 0, 1/3, 2/3, 1 (Llama 2, table 27); any other number in the data is an error. Margins stretch scores,
+    and large ones split them in two, which is hard on RL."""
     batch_pairs: PositiveInt = 32
     num_epochs: PositiveInt = 1
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1

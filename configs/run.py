@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from configs import addresses
-from configs.algorithm import AlgorithmConfig, PPOConfig
+from configs.algorithm import AlgorithmConfig, PenalizedBase, PPOConfig
 from configs.base import Location, NonNegativeInt, Section
 from configs.cluster import ClusterConfig
 from configs.data import DataConfig
@@ -83,6 +83,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _prompts_have_siblings(self) -> Self:
+        estimator, samples = self.algorithm.advantage, self.rollout.samples_per_prompt
+        if estimator in ("rloo", "grpo") and samples < 2:
+            raise ValueError(
+                f"algorithm.advantage = {estimator} compares the responses to one prompt with each other, and "
+                f"rollout.samples_per_prompt = {samples}: sample at least two"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _context_is_long_enough(self) -> Self:
         scratch = self.models.policy.scratch
         longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
@@ -111,8 +121,10 @@ class RunConfig(Section):
                 "training a reward model needs data.preferences, or comparisons collected in the first round "
                 "(rounds.collect.comparisons)"
             )
-        if self.models.critic.init == "reward" and not any(
-            isinstance(r, ModelRewardConfig) for r in self.scoring.rewards
+        if (
+            self.algorithm.has_critic
+            and self.models.critic.init == "reward"
+            and not any(isinstance(r, ModelRewardConfig) for r in self.scoring.rewards)
         ):
             raise ValueError("models.critic.init is reward, but scoring.rewards names no reward model: use policy")
         names = [reward.name for reward in self.scoring.rewards]
@@ -172,15 +184,21 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _nothing_unavailable(self) -> Self:
-        if self.data.pretraining is not None:
-            raise ValueError("data.pretraining is not available in this version")
+    def _pretraining_has_data_and_use(self) -> Self:
+        wanted = isinstance(self.algorithm, PPOConfig) and self.algorithm.ptx_coefficient > 0
+        if wanted and self.data.pretraining is None:
+            raise ValueError("algorithm.ptx_coefficient > 0 needs data.pretraining")
+        if self.data.pretraining is not None and not wanted:
+            raise ValueError(
+                "data.pretraining is not read by anything: set algorithm.name = ppo and algorithm.ptx_coefficient > 0, "
+                "or leave it out"
+            )
         return self
 
     @model_validator(mode="after")
     def _controller_can_steer(self) -> Self:
         algorithm = self.algorithm
-        if not isinstance(algorithm, PPOConfig) or algorithm.kl_controller.kind != "adaptive":
+        if not isinstance(algorithm, PenalizedBase) or algorithm.kl_controller.kind != "adaptive":
             return self
         if algorithm.kl_beta == 0:
             raise ValueError("algorithm.kl_controller.kind = adaptive multiplies algorithm.kl_beta, which is 0")

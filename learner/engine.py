@@ -133,6 +133,12 @@ class DeepSpeedEngine:
         if not self.all_reduce_sum(squared_norm(own, device=self.context.device)).isfinite():
             raise NonFiniteError(f"parameter of the {self._name}", f"the end of step {self.num_steps - 1}")
 
+    def measure(self) -> float:
+        """Give the gradient's norm and clear it, without a step."""
+        norm = self._inspect()[2]
+        self._discard_gradient()
+        return norm
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks; the argument may be overwritten."""
         if self.context.world_size > 1:

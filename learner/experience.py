@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.algorithm import AlgorithmConfig
+from configs.algorithm import AlgorithmConfig, APAConfig, AWRConfig
 from learner.batch import Layout, MicroBatch, TokenSequence, collate, plan
 from learner.ops import advantages as advantage_ops
-from learner.ops import kl
+from learner.ops import kl, off_policy
 from learner.ops.masked import moments
 from learner.ops.rewards import per_token_rewards
 from learner.training import TrainingEngine
@@ -49,8 +49,12 @@ class ResponseBatch:
     """[B]"""
     truncated: Tensor
     """[B] True where the sampler stopped at the length limit."""
+    groups: Tensor
+    """[B] which prompt each response answers, numbered from zero."""
     on_policy: Tensor
     """[N] True at tokens that this very policy version sampled."""
+    versions: Tensor
+    """[N] the policy version that a token's response was begun with."""
     behavior_logprobs: Tensor
     """[N]"""
     ref_logprobs: Tensor
@@ -101,8 +105,18 @@ class Opinions:
 
     old_logprobs: Tensor
     entropies: Tensor
-    values: Tensor
-    final_values: Tensor
+    values: Tensor | None
+    """This and the next are None where there is no critic."""
+    final_values: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueTargets:
+    """What the critic learns: flat vectors [N]."""
+
+    old_values: Tensor
+    """Its values before the first step."""
+    returns: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +127,10 @@ class TrainBatch:
     opinions: Opinions
     advantages: Tensor
     """[N] normalised as `adv_norm` says."""
-    returns: Tensor
-    """[N]"""
+    value_targets: ValueTargets | None
+    """None where there is no critic."""
+    corrections: Tensor
+    """[N] what a token's loss is multiplied by, as `algorithm.correction` says."""
     kl: kl.SequenceKL
     kl_nats: Tensor
     """[B] the k1 estimate of each response."""
@@ -143,6 +159,7 @@ def flatten(batch: ScoredBatch, *, device: torch.device) -> ResponseBatch:
     if not len(sizes) or not sizes.all():
         raise ValueError("a batch needs responses, and every response needs a token")
     sampled_here = [r.policy_versions == (batch.policy_version, batch.policy_version) for r in rollouts]
+    prompts = {key: number for number, key in enumerate(dict.fromkeys(r.key[:3] for r in rollouts))}
 
     def floats(parts: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.float32, copy=False)).to(device)
@@ -155,7 +172,9 @@ def flatten(batch: ScoredBatch, *, device: torch.device) -> ResponseBatch:
         starts=torch.from_numpy(np.cumsum(sizes) - sizes).to(device),
         scores=torch.tensor([scored.score for scored in batch.rollouts], dtype=torch.float32, device=device),
         truncated=torch.tensor([r.finish_reason == "length" for r in rollouts], device=device),
+        groups=torch.tensor([prompts[r.key[:3]] for r in rollouts], device=device),
         on_policy=torch.from_numpy(np.repeat(sampled_here, sizes)).to(device),
+        versions=torch.from_numpy(np.repeat([r.policy_versions.first for r in rollouts], sizes)).to(device),
         behavior_logprobs=floats([r.behavior_logprobs for r in rollouts]),
         ref_logprobs=floats([scored.ref_logprobs for scored in batch.rollouts]),
     )
@@ -196,14 +215,14 @@ def passes(
 
 
 def evaluate(
-    responses: ResponseBatch, *, policy: TrainingEngine, critic: TrainingEngine, settings: PassSettings
+    responses: ResponseBatch, *, policy: TrainingEngine, critic: TrainingEngine | None, settings: PassSettings
 ) -> Opinions:
     """Ask policy and critic for their opinions: one forward pass each, shared out over the ranks.
 
     Args:
         responses: The whole batch.
         policy: Gives log-probs and entropies.
-        critic: Gives the values of all states, the last one included.
+        critic: Gives the values of all states, the last one included; None where there is none.
         settings: Temperature, budget and layout.
 
     Returns:
@@ -213,9 +232,10 @@ def evaluate(
         NonFiniteError: If one is not finite.
     """
     num_tokens, num_responses = responses.num_tokens, len(responses.keys)
+    sizes = [num_tokens] * 2 if critic is None else [num_tokens] * 3 + [num_responses]
     # Each entry is written by one rank and zero on the others, so the sum over ranks is exact.
-    together = responses.behavior_logprobs.new_zeros(3 * num_tokens + num_responses)
-    old_logprobs, entropies, values, final_values = together.split([num_tokens] * 3 + [num_responses])
+    together = responses.behavior_logprobs.new_zeros(sum(sizes))
+    old_logprobs, entropies, *of_critic = together.split(sizes)
     for m, index, group in passes(responses, list(range(num_responses)), settings=settings, engine=policy):
         old_logprobs[index], entropies[index] = policy.evaluate(
             m.input_ids,
@@ -225,11 +245,15 @@ def evaluate(
             temperature=settings.temperature,
             with_entropy=True,
         )
-        states = critic.evaluate(m.input_ids, m.position_ids, m.value_index)
-        values[index], final_values[group] = states.split([len(index), len(group)])
-    together = policy.all_reduce_sum(together)
-    old_logprobs, entropies, values, final_values = together.split([num_tokens] * 3 + [num_responses])
+        if critic is not None:
+            values, final_values = of_critic
+            states = critic.evaluate(m.input_ids, m.position_ids, m.value_index)
+            values[index], final_values[group] = states.split([len(index), len(group)])
+    old_logprobs, entropies, *of_critic = policy.all_reduce_sum(together).split(sizes)
     responses.require_finite("log-prob of the policy", old_logprobs)
+    if critic is None:
+        return Opinions(old_logprobs=old_logprobs, entropies=entropies, values=None, final_values=None)
+    values, final_values = of_critic
     responses.require_finite("value", values)
     responses.require_finite("value of the last state", final_values)
     return Opinions(old_logprobs=old_logprobs, entropies=entropies, values=values, final_values=final_values)
@@ -241,7 +265,7 @@ def estimate(responses: ResponseBatch, opinions: Opinions, *, algorithm: Algorit
     Args:
         responses: The whole batch.
         opinions: Of the networks before the first step.
-        algorithm: Discounting and normalisation.
+        algorithm: Estimator, discounting, normalisation and correction.
         kl_beta: The KL coefficient of the reward; zero where the KL is in the loss.
 
     Returns:
@@ -253,20 +277,11 @@ def estimate(responses: ResponseBatch, opinions: Opinions, *, algorithm: Algorit
     mask = responses.mask
     old, ref = responses.padded(opinions.old_logprobs), responses.padded(responses.ref_logprobs)
     rewards = per_token_rewards(old, ref, mask=mask, scores=responses.scores, kl_beta=kl_beta)
-    end = advantage_ops.choose_bootstrap_values(
-        opinions.final_values, truncated_mask=responses.truncated, truncated_value=algorithm.truncated_value
-    )
-    raw, returns = advantage_ops.gae(
-        rewards,
-        responses.padded(opinions.values),
-        mask=mask,
-        bootstrap_values=end,
-        gamma=algorithm.gamma,
-        gae_lambda=algorithm.gae_lambda,
-    )
+    raw, value_targets = _advantages(responses, opinions, rewards, algorithm=algorithm)
     responses.require_finite("reward", rewards.sum(dim=1))
     responses.require_finite("advantage", raw[mask])
-    responses.require_finite("return", returns[mask])
+    if value_targets is not None:
+        responses.require_finite("return", value_targets.returns)
     mean, var = moments(raw, mask)
     if not var.isfinite():  # in fp32 already at advantages of 1e19: dividing by it would make nothing of all of them
         largest = int(raw[mask].abs().argmax())
@@ -277,9 +292,50 @@ def estimate(responses: ResponseBatch, opinions: Opinions, *, algorithm: Algorit
         responses=responses,
         opinions=opinions,
         advantages=normalized[mask],
-        returns=returns[mask],
+        value_targets=value_targets,
+        corrections=_corrections(responses, old, algorithm=algorithm),
         kl=kl.kl_per_sequence(old, ref, mask=mask),
         kl_nats=kl.k1(old, ref).sum(dim=1),
         rewards=rewards.sum(dim=1),
         advantage_std=math.sqrt(float(var)),
     )
+
+
+def _advantages(
+    responses: ResponseBatch, opinions: Opinions, rewards: Tensor, *, algorithm: AlgorithmConfig
+) -> tuple[Tensor, ValueTargets | None]:
+    """Estimate advantages [B, T], and returns where there is a critic to learn them."""
+    if algorithm.advantage != "gae":
+        totals = rewards.sum(dim=1)
+        advantages = advantage_ops.without_critic(
+            totals, groups=responses.groups, mask=responses.mask, estimator=algorithm.advantage
+        )
+        return advantages, None
+    if opinions.values is None or opinions.final_values is None:
+        raise ValueError("generalised advantage estimation needs a critic's values")
+    end = advantage_ops.choose_bootstrap_values(
+        opinions.final_values, truncated_mask=responses.truncated, truncated_value=algorithm.truncated_value
+    )
+    advantages, returns = advantage_ops.gae(
+        rewards,
+        responses.padded(opinions.values),
+        mask=responses.mask,
+        bootstrap_values=end,
+        gamma=algorithm.gamma,
+        gae_lambda=algorithm.gae_lambda,
+    )
+    return advantages, ValueTargets(old_values=opinions.values, returns=returns[responses.mask])
+
+
+def _corrections(responses: ResponseBatch, old_logprobs: Tensor, *, algorithm: AlgorithmConfig) -> Tensor:
+    """Compute what each token's loss is multiplied by: flat [N]."""
+    corrections = off_policy.importance_weights(
+        old_logprobs,
+        responses.padded(responses.behavior_logprobs),
+        mask=responses.mask,
+        settings=algorithm.correction,
+    )[responses.mask]
+    if isinstance(algorithm, APAConfig | AWRConfig):
+        # Their losses fit targets and have no ratio to complete: the engine's numerics alone are no reason to reweigh.
+        return torch.where(responses.on_policy, 1, corrections)
+    return corrections

@@ -94,7 +94,7 @@ class PolicyModel(TrainedModel):
             predict_index: [N] flat positions whose next tokens are asked for.
             target_ids: [N] these next tokens.
             temperature: The sampling temperature.
-            with_entropy: Compute the entropies too; without gradient.
+            with_entropy: Compute the entropies too.
 
         Returns:
             [N] log-probs in fp32, and [N] entropies in nats or None.

@@ -17,12 +17,14 @@ from learner.engine import DeepSpeedEngine
 from learner.experience import PassSettings
 from learner.export import export_policy, padding_id
 from learner.models import ScalarModel, load_critic, load_policy, load_scalar, scalar_from_policy
+from learner.pretraining import load_texts
 from learner.stored_policy import StoredPolicy
-from learner.supervised_loop import StageContext, layout_of
+from learner.supervised_loop import StageContext, context_tokens, layout_of
 from learner.training import RankContext
-from learner.trust import require_version
+from learner.trust import found_mismatch, require_version
 from learner.update import Updater, UpdateSettings
 from protocol import incidents
+from protocol import metrics as names
 from protocol.broadcast import Meeting
 from protocol.errors import BatchRefusedError, NonFiniteError
 from protocol.incidents import Incident
@@ -78,13 +80,13 @@ class Rank:
     def finish_rl(self) -> None:
         """Give up the engines of policy and critic, and their memory."""
         if self._updater is not None:
-            for engine in (self._updater.policy, self._updater.critic):
+            for engine in self._updater.engines.values():
                 engine.close()
         self._updater = None
         self._standing = None
 
     def start_rl(self, *, policy: Path, reward_model: Path | None, iterations: int) -> None:
-        """Build the engines of policy and critic; those of a round before are given up.
+        """Build the engines of policy and, where there is one, critic; those of a round before are given up.
 
         Args:
             policy: The directory that the policy starts from.
@@ -95,23 +97,33 @@ class Rank:
         config = self._config
         learner, algorithm = config.learner, config.algorithm
         network = load_policy(policy, precision=learner.precision)
-        critic = make_critic(config, policy=policy, reward_model=reward_model)
         self._tokenizer = load_tokenizer(policy)
         minibatches = config.rollout.responses_per_iteration // algorithm.minibatch_responses
         steps = minibatches * algorithm.num_epochs
-        policy_iterations = max(1, iterations - algorithm.critic_warmup_iterations)
+        policy_iterations = max(1, iterations - algorithm.warmup_iterations)
         make = partial(DeepSpeedEngine, settings=learner, context=self.context)
+        critic = None
+        if algorithm.has_critic:
+            module = make_critic(config, policy=policy, reward_model=reward_model)
+            critic = make(module, optimizer=learner.critic_optimizer, name="critic", total_steps=steps * iterations)
+        layout = layout_of(network, learner)
+        longest = min(context_tokens(network) or learner.micro_batch_tokens, learner.micro_batch_tokens)
+        policy_engine = make(
+            network, optimizer=learner.policy_optimizer, name="policy", total_steps=steps * policy_iterations
+        )
+        texts = []
+        if config.data.pretraining is not None:
+            texts = load_texts(config, self._tokenizer, longest=longest, engine=policy_engine)
         self._updater = Updater(
-            policy=make(
-                network, optimizer=learner.policy_optimizer, name="policy", total_steps=steps * policy_iterations
-            ),
-            critic=make(critic, optimizer=learner.critic_optimizer, name="critic", total_steps=steps * iterations),
+            policy=policy_engine,
+            critic=critic,
+            texts=texts,
             settings=UpdateSettings(
                 algorithm=algorithm,
                 passes=PassSettings(
                     temperature=config.rollout.temperature,
                     token_budget=learner.micro_batch_tokens,
-                    layout=layout_of(network, learner),
+                    layout=layout,
                     pad_id=padding_id(self._tokenizer),
                 ),
                 max_response_tokens=config.rollout.max_response_tokens,
@@ -139,7 +151,7 @@ class Rank:
         self._standing = None
         version = -1 if self.policy_version is None else self.policy_version
         batch = assemble(groups, round=round, iteration=iteration, policy_version=version)
-        self._batch, self._kl_nats, self._kl_beta = batch, {}, updater.kl_beta
+        self._batch, self._kl_nats, self._kl_beta = batch, {}, updater.reward_kl_beta
         try:
             require_version(batch)
             report = updater.update(batch)
@@ -155,6 +167,12 @@ class Rank:
         if report.num_skipped_steps:
             what = f"the loss or gradient of {report.num_skipped_steps} steps was not finite"
             self._keep(batch, "nonfinite", what, action="these steps were skipped")
+        mismatch = found_mismatch(
+            batch, k3=report.metrics.get(names.SYNC_K3_LAG0, 0.0), bound=self._config.algorithm.correction.alarm_k3
+        )
+        if mismatch is not None and self.context.rank == 0:
+            name = f"mismatch-r{batch.round:03d}-i{batch.iteration:06d}"
+            incidents.write(self._incidents, mismatch, name=name)
         return report
 
     def publish(self, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
@@ -228,14 +246,13 @@ class Rank:
             world_size=self.context.world_size,
             zero_stage=self._config.learner.zero_stage,
         )
-        checkpoint.save(directory, engines={"policy": updater.policy, "critic": updater.critic}, state=state)
+        checkpoint.save(directory, engines=updater.engines, state=state)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote; the files must have been verified."""
         updater = self._running()
         self._standing = None
-        engines = {"policy": updater.policy, "critic": updater.critic}
-        state = checkpoint.load(directory, engines=engines, zero_stage=self._config.learner.zero_stage)
+        state = checkpoint.load(directory, engines=updater.engines, zero_stage=self._config.learner.zero_stage)
         self.policy_version = state.policy_version
         if updater.controller is not None and state.kl_controller is not None:
             updater.controller.load_state_dict(state.kl_controller)
@@ -309,7 +326,7 @@ class Rank:
             data={
                 "batch": f"{name}.parquet",
                 "policy_steps": updater.policy.num_steps,
-                "critic_steps": updater.critic.num_steps,
+                "critic_steps": 0 if updater.critic is None else updater.critic.num_steps,
             },
         )
         incidents.write(self._incidents, incident, name=name)

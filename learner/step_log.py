@@ -25,6 +25,11 @@ class StepLog:
         self._watched = torch.zeros((), device=engine.context.device)
 
     @property
+    def num_steps(self) -> int:
+        """Steps, applied or not."""
+        return len(self._results)
+
+    @property
     def num_applied(self) -> int:
         """Steps that were applied."""
         return sum(result.applied for result in self._results)
@@ -64,6 +69,11 @@ class StepLog:
         self._open = None
         self._results.append(result)
 
+    def latest(self, name: str) -> float:
+        """Read a diagnostic of the last step, over the ranks; every rank must call it."""
+        row = self._engine.all_reduce_sum(self._sums[-1].clone())
+        return self._means(row.double().tolist()).get(name, 0.0)
+
     def reduce(self) -> "StepSummary | None":
         """Sum over the ranks, once for all steps; every rank must call it.
 
@@ -85,8 +95,9 @@ class StepLog:
     def _means(self, row: list[float]) -> dict[str, float]:
         """Turn a step's sums into means; the loss keeps its own normaliser."""
         weight, loss, *diagnostics = row
-        divisor = weight or math.nan
-        return {"loss": loss} | {n: d / divisor for n, d in zip(self._names[1:], diagnostics, strict=True)}
+        if weight == 0:  # a correction has left no token of the step, so there is nothing to average
+            return {"loss": loss}
+        return {"loss": loss} | {n: d / weight for n, d in zip(self._names[1:], diagnostics, strict=True)}
 
 
 class StepSummary:

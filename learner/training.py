@@ -116,6 +116,10 @@ class TrainingEngine(GatherableNetwork, Protocol):
         """
         ...
 
+    def measure(self) -> float:
+        """Give the gradient's norm and clear it, without a step; the same result on all ranks."""
+        ...
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over the ranks; the argument may be overwritten."""
         ...

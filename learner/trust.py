@@ -15,6 +15,7 @@ from configs.learner import BatchGuardsConfig
 from learner.experience import ResponseBatch
 from protocol import metrics as names
 from protocol.errors import UntrustedBatchError
+from protocol.incidents import Incident
 from protocol.messages import ScoredBatch
 
 _CLAMP_NATS = 20.0
@@ -85,3 +86,30 @@ def require_trust(
                 "not sample from the policy that the learner holds; farthest off is "
                 f"{responses.place(int(gaps.argmax()))}"
             )
+
+
+def found_mismatch(batch: ScoredBatch, *, k3: float, bound: float) -> Incident | None:
+    """Describe an engine and a learner that hold one version and are not the same policy.
+
+    Args:
+        batch: What the engine sampled.
+        k3: Mean k3 between the two, in nats a token, over the tokens of this very version.
+        bound: What is no incident.
+
+    Returns:
+        The incident, or None.
+    """
+    if k3 <= bound:
+        return None
+    return Incident(
+        kind="mismatch",
+        what=f"engine and learner differ by {k3:.3g} nats a token (k3), more than "
+        f"algorithm.correction.alarm_k3 = {bound:g}, on tokens of this very version",
+        where="learner",
+        cause="other numerics (dtype, kernels), another temperature, or weights that did not arrive",
+        action="the run goes on",
+        round=batch.round,
+        iteration=batch.iteration,
+        policy_version=batch.policy_version,
+        data={"k3": k3},
+    )

@@ -3,23 +3,26 @@
 What is learned depends on the batch, the settings and the seed alone: not on padding, micro-batches, ranks or ZeRO.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from configs.algorithm import AlgorithmConfig, APAConfig, PPOConfig
+from configs.algorithm import AlgorithmConfig, PenalizedBase, PPOConfig
 from configs.learner import BatchGuardsConfig
-from learner.batch import MicroBatch, minibatches
+from learner.batch import TokenSequence, minibatches
 from learner.experience import PassSettings, TrainBatch, estimate, evaluate, flatten, passes
-from learner.ops import apa, kl, ppo, value
+from learner.ops import kl
 from learner.ops.aggregate import token_weights
-from learner.step_log import StepLog
+from learner.pretraining import PretrainingSteps
 from learner.training import TrainingEngine
 from learner.trust import gap_metrics, require_trust
-from learner.update_metrics import batch_metrics, step_metrics
+from learner.update_metrics import batch_metrics, mismatch_metrics, step_metrics
+from learner.update_steps import CriticSteps, PolicySteps
+from protocol import metrics as names
 from protocol.messages import ScoredBatch, UpdateReport
 
 
@@ -36,30 +39,55 @@ class UpdateSettings:
 
 
 class Updater:
-    """Learns from scored batches with a policy engine and a critic engine.
+    """Learns from scored batches with a policy engine and, where the advantages need one, a critic engine.
 
     Args:
         policy: Over a PolicyModel.
-        critic: Over a ScalarModel.
+        critic: Over a ScalarModel; None exactly where the algorithm has no critic.
         settings: What to do.
+        texts: Pretraining data of PPO-ptx (learner.pretraining.load_texts); none without it.
+
+    Raises:
+        ValueError: If there is a critic too many or too few.
     """
 
-    def __init__(self, *, policy: TrainingEngine, critic: TrainingEngine, settings: UpdateSettings) -> None:
+    def __init__(
+        self,
+        *,
+        policy: TrainingEngine,
+        critic: TrainingEngine | None,
+        settings: UpdateSettings,
+        texts: Sequence[TokenSequence] = (),
+    ) -> None:
+        algorithm = settings.algorithm
+        if algorithm.has_critic != (critic is not None):
+            raise ValueError(f"advantage = {algorithm.advantage} {'needs a' if critic is None else 'has no'} critic")
         self.policy = policy
         self.critic = critic
         self.settings = settings
+        self.texts = texts
         self.computed: Mapping[str, list[Tensor]] = {}
         """What has been computed from the last batch: name -> one vector a response; for whoever keeps that batch."""
-        algorithm = settings.algorithm
-        # APA's KL is in its loss, so no coefficient is steered.
+        # APA's KL is in its own loss, so no coefficient is steered.
         self.controller: kl.KLController | None = None
-        if isinstance(algorithm, PPOConfig):
+        if isinstance(algorithm, PenalizedBase):
             self.controller = kl.make_controller(algorithm.kl_controller, initial_beta=algorithm.kl_beta)
+        self._penalty = algorithm if isinstance(algorithm, PenalizedBase) else None
+
+    @property
+    def engines(self) -> dict[str, TrainingEngine]:
+        """The engines by name, as a checkpoint keeps them."""
+        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
 
     @property
     def kl_beta(self) -> float:
-        """The KL coefficient of the next batch's reward."""
+        """The KL coefficient of the next batch."""
         return 0.0 if self.controller is None else self.controller.beta
+
+    @property
+    def reward_kl_beta(self) -> float:
+        """The KL coefficient of the next batch's reward."""
+        return 0.0 if self._penalty is None or self._penalty.kl_in == "loss" else self.kl_beta
 
     def update(self, batch: ScoredBatch) -> UpdateReport:
         """Learn from a batch. All ranks call this with the same batch.
@@ -79,49 +107,114 @@ class Updater:
         self.computed = {}
         responses = flatten(batch, device=self.policy.context.device)
         opinions = evaluate(responses, policy=self.policy, critic=self.critic, settings=self.settings.passes)
-        self.computed = {
-            "old_logprobs": responses.split(opinions.old_logprobs),
-            "values": responses.split(opinions.values),
-        }
+        self.computed = {"old_logprobs": responses.split(opinions.old_logprobs)}
+        if opinions.values is not None:
+            self.computed |= {"values": responses.split(opinions.values)}
         gaps = gap_metrics(responses, opinions.old_logprobs)
         if self.settings.guards is not None:
             require_trust(responses, opinions.old_logprobs, found=gaps, guards=self.settings.guards)
-        train = estimate(responses, opinions, algorithm=algorithm, kl_beta=self.kl_beta)
-        self.computed |= {"advantages": responses.split(train.advantages), "returns": responses.split(train.returns)}
-        metrics = batch_metrics(train, algorithm=algorithm, kl_beta=self.kl_beta) | gaps
+        beta = self.kl_beta
+        train = estimate(responses, opinions, algorithm=algorithm, kl_beta=self.reward_kl_beta)
+        self.computed |= {"advantages": responses.split(train.advantages)}
+        if train.value_targets is not None:
+            self.computed |= {"returns": responses.split(train.value_targets.returns)}
+        metrics = batch_metrics(train, algorithm=algorithm, kl_beta=beta) | gaps
+        metrics |= mismatch_metrics(train, algorithm=algorithm, policy_version=batch.policy_version)
         if self.controller is not None:
             self.controller.update(train.kl)
 
-        train_policy = batch.iteration >= algorithm.critic_warmup_iterations
-        policy_log, critic_log = StepLog(self.policy), StepLog(self.critic)
+        policy = self._policy_steps(train, kl_beta=beta)
+        critic = None
+        if self.critic is not None and train.value_targets is not None:
+            critic = CriticSteps(self.critic, train.value_targets, value_clip=algorithm.value_clip)
+        trains_policy = batch.iteration >= algorithm.warmup_iterations
+        rehearsal = self._rehearsal(batch) if trains_policy else None
+        is_far_enough = False
         for epoch in range(algorithm.num_epochs):
             seed = _seed(self.settings.run_seed, batch.round, batch.iteration, epoch)
             for indices in minibatches(len(responses.keys), size=algorithm.minibatch_responses, seed=seed):
-                self._step(train, indices, policy_log=policy_log if train_policy else None, critic_log=critic_log)
+                if rehearsal is not None and not rehearsal.log.num_steps:
+                    metrics |= self._gradient_ratio(train, indices, kl_beta=beta, probe=self._rehearsal(batch))
+                moves_policy = trains_policy and not is_far_enough
+                self._step(train, indices, policy=policy if moves_policy else None, critic=critic, rehearsal=rehearsal)
+                is_far_enough = is_far_enough or (moves_policy and policy.is_far_enough)
 
-        for engine in (self.policy, self.critic):
+        for engine in self.engines.values():
             engine.require_finite_parameters()
-        metrics |= step_metrics(policy_log, critic_log)
+        if rehearsal is not None and (summary := rehearsal.log.reduce()) is not None:
+            metrics |= {names.POLICY_PTX_NLL: summary.mean("nll") or 0.0}
+        logs = [policy.log] if critic is None else [policy.log, critic.log]
+        metrics |= step_metrics(policy.log, None if critic is None else critic.log)
+        if isinstance(algorithm, PPOConfig) and algorithm.max_approx_kl is not None:
+            metrics[names.POLICY_STOPPED_EARLY] = float(is_far_enough)
         return UpdateReport(
             metrics=metrics,
-            num_steps=(policy_log if train_policy else critic_log).num_applied,
-            num_skipped_steps=policy_log.num_skipped + critic_log.num_skipped,
+            num_steps=logs[0 if trains_policy else -1].num_applied,
+            num_skipped_steps=sum(log.num_skipped for log in logs),
             kl_nats_per_sequence=dict(zip(responses.keys, train.kl_nats.tolist(), strict=True)),
         )
 
-    def _step(self, train: TrainBatch, indices: list[int], *, policy_log: StepLog | None, critic_log: StepLog) -> None:
+    def _step(
+        self,
+        train: TrainBatch,
+        indices: list[int],
+        *,
+        policy: PolicySteps | None,
+        critic: CriticSteps | None,
+        rehearsal: PretrainingSteps | None,
+    ) -> None:
+        """Take one step of each side that learns; the pretraining gradient is part of the policy's."""
+        if policy is not None and rehearsal is not None:
+            rehearsal.learn(rehearsal.choose(), last=False)
+        self._learn(train, indices, [side for side in (policy, critic) if side is not None])
+        if policy is not None:
+            result = policy.step()
+            if rehearsal is not None:
+                rehearsal.log.close_step(result)
+        if critic is not None:
+            critic.step()
+
+    def _learn(self, train: TrainBatch, indices: list[int], sides: Sequence[PolicySteps | CriticSteps]) -> None:
+        """Add the gradient of one minibatch to each side's step."""
+        if not sides:
+            return
         weights = self._weights(train, indices)
         own = list(passes(train.responses, indices, settings=self.settings.passes, engine=self.policy))
         for number, (micro_batch, index, _) in enumerate(own):
-            last = number == len(own) - 1
-            if policy_log is not None:
-                loss = self._policy_loss(train, micro_batch, index, weights=weights[index], log=policy_log)
-                self.policy.backward(loss, last=last)
-            loss = self._value_loss(train, micro_batch, index, weights=weights[index], log=critic_log)
-            self.critic.backward(loss, last=last)
-        if policy_log is not None:
-            policy_log.close_step(self.policy.step())
-        critic_log.close_step(self.critic.step())
+            for side in sides:
+                side.learn(micro_batch, index, weights=weights[index], last=number == len(own) - 1)
+
+    def _policy_steps(self, train: TrainBatch, *, kl_beta: float) -> PolicySteps:
+        settings = self.settings
+        return PolicySteps(
+            self.policy, train, algorithm=settings.algorithm, temperature=settings.passes.temperature, kl_beta=kl_beta
+        )
+
+    def _rehearsal(self, batch: ScoredBatch) -> PretrainingSteps | None:
+        """Prepare the pretraining side of an update; the same texts in the same order for the same batch."""
+        algorithm = self.settings.algorithm
+        if not isinstance(algorithm, PPOConfig) or algorithm.ptx_coefficient == 0:
+            return None
+        return PretrainingSteps(
+            self.policy,
+            self.texts,
+            settings=self.settings.passes,
+            coefficient=algorithm.ptx_coefficient,
+            size=algorithm.ptx_texts,
+            seed=_seed(self.settings.run_seed, batch.round, batch.iteration, algorithm.num_epochs),
+        )
+
+    def _gradient_ratio(
+        self, train: TrainBatch, indices: list[int], *, kl_beta: float, probe: PretrainingSteps | None
+    ) -> dict[str, float]:
+        """Measure the two gradients of a step apart, at the price of one more pass over both."""
+        if probe is None:
+            return {}
+        self._learn(train, indices, [self._policy_steps(train, kl_beta=kl_beta)])
+        policy_norm = self.policy.measure()
+        probe.learn(probe.choose(), last=True)
+        ratio = self.policy.measure() / policy_norm if policy_norm else math.inf
+        return {names.POLICY_PTX_RATIO: ratio} if math.isfinite(ratio) else {}
 
     def _weights(self, train: TrainBatch, indices: list[int]) -> Tensor:
         """Weigh the tokens of one minibatch: flat [N] over the whole batch, zero elsewhere."""
@@ -131,42 +224,6 @@ class Updater:
             mask, mode=self.settings.algorithm.aggregation, constant=self.settings.max_response_tokens
         )
         return weights[train.responses.mask]
-
-    def _policy_loss(self, train: TrainBatch, m: MicroBatch, index: Tensor, *, weights: Tensor, log: StepLog) -> Tensor:
-        logprobs, _ = self.policy.forward(
-            m.input_ids,
-            m.position_ids,
-            m.predict_index,
-            m.target_ids,
-            temperature=self.settings.passes.temperature,
-        )
-        tensors = {
-            "old_logprobs": train.opinions.old_logprobs[index],
-            "ref_logprobs": train.responses.ref_logprobs[index],
-            "advantages": train.advantages[index],
-            "weights": weights,
-        }
-        match self.settings.algorithm:
-            case PPOConfig() as settings:
-                loss, diagnostics = ppo.loss(logprobs, **tensors, settings=settings)
-            case APAConfig() as settings:
-                loss, diagnostics = apa.loss(logprobs, **tensors, settings=settings)
-        ratio_gaps = (logprobs.detach() - tensors["old_logprobs"]).expm1().abs()
-        log.add(loss, diagnostics, weights=weights, watched=ratio_gaps)
-        return loss
-
-    def _value_loss(self, train: TrainBatch, m: MicroBatch, index: Tensor, *, weights: Tensor, log: StepLog) -> Tensor:
-        # A critic values the state before a token, which is where the policy predicts that token.
-        values = self.critic.forward(m.input_ids, m.position_ids, m.predict_index)
-        loss, diagnostics = value.loss(
-            values,
-            old_values=train.opinions.values[index],
-            returns=train.returns[index],
-            weights=weights,
-            value_clip=self.settings.algorithm.value_clip,
-        )
-        log.add(loss, diagnostics, weights=weights)
-        return loss
 
 
 def _seed(*parts: int) -> int:

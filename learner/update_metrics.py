@@ -4,6 +4,7 @@ import torch
 
 from configs.algorithm import AlgorithmConfig, APAConfig
 from learner.experience import TrainBatch
+from learner.ops import off_policy
 from learner.ops.value import explained_variance
 from learner.step_log import StepLog
 from protocol import metrics as names
@@ -15,6 +16,8 @@ _POLICY = {
     names.POLICY_APPROX_KL: "approx_kl",
     names.POLICY_TARGET_POSITIVE: "target_positive_fraction",
     names.POLICY_RESIDUAL_MEAN: "residual_mean",
+    names.POLICY_WEIGHT_CLIP: "weight_clip_fraction",
+    names.POLICY_KL_PENALTY: "kl_penalty",
 }
 _VALUE = {
     names.VALUE_LOSS: "loss",
@@ -29,7 +32,7 @@ def batch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, kl_beta: flo
     Args:
         train: The batch with its advantages.
         algorithm: Its settings.
-        kl_beta: The coefficient that its rewards were computed with.
+        kl_beta: Its KL coefficient, in the reward or in the loss.
 
     Returns:
         Metric name -> number.
@@ -49,34 +52,70 @@ def batch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, kl_beta: flo
         names.OBJECTIVE_KL_BETA: kl_beta,
         names.POLICY_ENTROPY: numbers[2],
         names.POLICY_ADVANTAGE_STD: train.advantage_std,
-        names.VALUE_EXPLAINED_VARIANCE: explained_variance(
-            opinions.values, train.returns, mask=torch.ones_like(opinions.values, dtype=torch.bool)
-        ),
     }
+    if train.value_targets is not None:
+        old_values, returns = train.value_targets.old_values, train.value_targets.returns
+        metrics[names.VALUE_EXPLAINED_VARIANCE] = explained_variance(
+            old_values, returns, mask=torch.ones_like(returns, dtype=torch.bool)
+        )
     if isinstance(algorithm, APAConfig):
         scale = 1.0 if algorithm.adv_norm == "none" else train.advantage_std
         metrics[names.POLICY_BETA_EFF] = algorithm.apa_lambda * scale
     return metrics
 
 
-def step_metrics(policy_log: StepLog, critic_log: StepLog) -> dict[str, float]:
+def mismatch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, policy_version: int) -> dict[str, float]:
+    """Describe how far the policy that sampled a batch is from the one that learns.
+
+    Args:
+        train: The batch.
+        algorithm: Its settings; without a correction, the sample size is that of the plain ratios.
+        policy_version: The version that learns.
+
+    Returns:
+        Metric name -> number.
+    """
+    responses, old = train.responses, train.opinions.old_logprobs
+    everywhere = torch.ones_like(responses.on_policy)
+    settings = algorithm.correction
+    if settings.weight == "none":
+        settings = settings.model_copy(update={"weight": "full"})
+    weights = off_policy.importance_weights(
+        responses.padded(old), responses.padded(responses.behavior_logprobs), mask=responses.mask, settings=settings
+    )[responses.mask]
+    found = off_policy.mismatch(old, responses.behavior_logprobs, mask=everywhere, weights=weights)
+    metrics = {names.SYNC_K3: float(found["k3_mean"])}
+    if algorithm.correction.weight != "none":
+        metrics[names.SYNC_CORRECTED] = float(found["changed_fraction"])
+    if responses.on_policy.any():
+        fresh = off_policy.mismatch(old, responses.behavior_logprobs, mask=responses.on_policy, weights=weights)
+        metrics[names.SYNC_K3_LAG0] = float(fresh["k3_mean"])
+    lags = off_policy.lag_histogram(responses.versions, current=policy_version, mask=everywhere)
+    return metrics | {f"{names.SYNC_LAG_PREFIX}{lag}": float(count) for lag, count in lags.items()}
+
+
+def step_metrics(policy_log: StepLog, critic_log: StepLog | None) -> dict[str, float]:
     """Describe the steps of an update; a reduction over ranks, which all ranks must enter.
 
     Args:
         policy_log: The policy's steps; none while the critic warms up.
-        critic_log: The critic's.
+        critic_log: The critic's; None where there is none.
 
     Returns:
         Metric name -> number; what no step knows is left out.
     """
     metrics: dict[str, float | None] = {names.POLICY_SKIPPED_STEPS: float(policy_log.num_skipped)}
-    policy, critic = policy_log.reduce(), critic_log.reduce()
+    policy = policy_log.reduce()
+    critic = None if critic_log is None else critic_log.reduce()
     if policy is not None:
         metrics |= {metric: policy.mean(name) for metric, name in _POLICY.items()}
         metrics[names.POLICY_LR] = policy.last_learning_rate
         metrics[names.POLICY_FIRST_RATIO_GAP] = policy.first_watched_max
         metrics[names.POLICY_FIRST_CLIP_FRACTION] = policy.first.get("clip_fraction")
-    if critic is not None:
+        mean, square_mean = policy.mean("weight_mean"), policy.mean("weight_square_mean")
+        if mean is not None and square_mean:
+            metrics[names.POLICY_WEIGHT_ESS] = mean**2 / square_mean
+    if critic is not None and critic_log is not None:
         metrics |= {metric: critic.mean(name) for metric, name in _VALUE.items()}
         metrics[names.VALUE_LR] = critic.last_learning_rate
         metrics[names.VALUE_SKIPPED_STEPS] = float(critic_log.num_skipped)

@@ -1,5 +1,7 @@
 """The one definition of token log-probs, shared by the learner and the frozen reference."""
 
+from collections.abc import Callable
+
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
@@ -56,25 +58,12 @@ def logprobs_in_chunks(hidden: Tensor, head: torch.nn.Module, token_ids: Tensor,
     Returns:
         [N] log-probs, fp32. Each chunk's logits are computed again in the backward pass rather than kept.
     """
-    if hidden.shape[0] <= _CHUNK_ROWS:
-        return token_logprobs(head(hidden), token_ids, temperature=temperature)
-    parts: list[Tensor] = []
-    for start in range(0, hidden.shape[0], _CHUNK_ROWS):
-        rows = slice(start, start + _CHUNK_ROWS)
-        if torch.is_grad_enabled():
-            part = torch.utils.checkpoint.checkpoint(
-                lambda h, t: token_logprobs(head(h), t, temperature=temperature),
-                hidden[rows],
-                token_ids[rows],
-                use_reentrant=False,
-            )
-        else:
-            part = token_logprobs(head(hidden[rows]), token_ids[rows], temperature=temperature)
-        parts.append(part)
-    return torch.cat(parts)
+    (logprobs,) = _in_chunks(
+        lambda h, t: (token_logprobs(head(h), t, temperature=temperature),), hidden=hidden, token_ids=token_ids
+    )
+    return logprobs
 
 
-@torch.no_grad()
 def logprobs_and_entropy(
     hidden: Tensor, head: torch.nn.Module, token_ids: Tensor, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -87,13 +76,28 @@ def logprobs_and_entropy(
         temperature: The sampling temperature.
 
     Returns:
-        [N] log-probs, bit for bit those of `logprobs_in_chunks`, and [N] entropies in nats; fp32, without gradient.
+        [N] log-probs, bit for bit those of `logprobs_in_chunks`, and [N] entropies in nats; fp32, both with gradient.
     """
-    logprobs: list[Tensor] = []
-    entropies: list[Tensor] = []
-    for start in range(0, max(hidden.shape[0], 1), _CHUNK_ROWS):
+
+    def both(rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(rows)
+        return token_logprobs(logits, tokens, temperature=temperature), entropy(logits, temperature=temperature)
+
+    logprobs, entropies = _in_chunks(both, hidden=hidden, token_ids=token_ids)
+    return logprobs, entropies
+
+
+def _in_chunks(
+    compute: Callable[[Tensor, Tensor], tuple[Tensor, ...]], *, hidden: Tensor, token_ids: Tensor
+) -> tuple[Tensor, ...]:
+    if hidden.shape[0] <= _CHUNK_ROWS:
+        return compute(hidden, token_ids)
+    parts: list[tuple[Tensor, ...]] = []
+    for start in range(0, hidden.shape[0], _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
-        logits = head(hidden[rows])
-        logprobs.append(token_logprobs(logits, token_ids[rows], temperature=temperature))
-        entropies.append(entropy(logits, temperature=temperature))
-    return torch.cat(logprobs), torch.cat(entropies)
+        if torch.is_grad_enabled():
+            part = torch.utils.checkpoint.checkpoint(compute, hidden[rows], token_ids[rows], use_reentrant=False)
+        else:
+            part = compute(hidden[rows], token_ids[rows])
+        parts.append(part)
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))

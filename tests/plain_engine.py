@@ -76,6 +76,12 @@ class PlainEngine:
         if not all(p.isfinite().all() for p in self.module.parameters()):
             raise NonFiniteError(f"parameter of the {self._name}", f"the end of step {self.num_steps - 1}")
 
+    def measure(self) -> float:
+        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters()]).item()
+        self._losses.clear()
+        self._adamw.zero_grad()
+        return norm
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         return tensor
 

@@ -249,7 +249,7 @@ def _write_lineage(directory: RunDirectory) -> None:
         ("reward_models/v000", "reward_model", 1, ("policies/v000",), {"held-out accuracy": 0.802}),
         ("reward_models/v000_heldout", "reward_model", 1, ("policies/v000",), {"held-out accuracy": 0.797}),
         ("policies/v020", "policy", 1, ("policies/v000", "reward_models/v000"), {"iterations": 20}),
-        ("rounds/r002/comparisons.jsonl", "comparisons", 2, ("policies/v020",), {"rows": 3000}),
+        ("rounds/r002/comparisons.jsonl", "comparisons", 2, ("policies/v020",), {"tasks": 500, "pairs": 3000}),
         (
             "reward_models/v001",
             "reward_model",

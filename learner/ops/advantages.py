@@ -1,4 +1,4 @@
-"""Generalised advantage estimation over responses, and the normalisation of its result.
+"""Advantages, with a critic (generalised advantage estimation) or without one, and their normalisation.
 
 Response tokens are a left-aligned prefix of each row. Advantages and returns are computed once for a batch of
 rollouts, with the critic and the KL coefficient of that moment, and are constants in all epochs.
@@ -89,6 +89,59 @@ def gae(
         running = deltas[:, t] + gamma * gae_lambda * running
         advantages[:, t] = running
     return advantages, advantages + values
+
+
+@torch.no_grad()
+def without_critic(
+    totals: Tensor, *, groups: Tensor, mask: Tensor, estimator: Literal["rloo", "grpo", "reinforce"]
+) -> Tensor:
+    """Estimate advantages by comparing whole responses with each other; all tokens of a response get the same.
+
+        reinforce  A_i = R_i - mean over the batch
+        rloo       A_i = R_i - mean over the other responses to the same prompt
+        grpo       A_i = (R_i - mean) / sqrt(var + 1e-8)        both over the responses to the same prompt
+
+    `rloo` and `reinforce` have the units of the reward, `grpo` has none. Only the baseline of `rloo` leaves the policy
+    gradient unbiased: the others hold the response's own reward, which shrinks it by a factor of 1 - 1 / (responses).
+
+    Source: Ahmadian et al., "Back to Basics" (2024), eq. 8; Shao et al., "DeepSeekMath" (2024), section 4.1.2 (the
+    variance here is the biased one, as everywhere); Williams, "REINFORCE" (1992).
+
+    Args:
+        totals: `[B]`; R, the rewards of each response summed over its tokens, in units of the score.
+        groups: `[B]`, int64; which prompt each response answers, numbered from zero.
+        mask: `[B, T]`, bool; True at response tokens.
+        estimator: `algorithm.advantage`.
+
+    Returns:
+        `[B, T]`, zero where the mask is False.
+
+    Raises:
+        ValueError: If shapes or dtypes differ, a prompt has a single response to compare, or the estimator is unknown.
+    """
+    check_alike(totals=totals, ranks=(1,))
+    check_mask(mask, torch.Size((len(totals), mask.shape[-1])))
+    if groups.shape != totals.shape or groups.dtype != torch.int64:
+        raise ValueError(f"groups must be int64 of shape {tuple(totals.shape)}, got {groups.dtype}")
+    if estimator not in ("rloo", "grpo", "reinforce"):
+        raise ValueError(f"unknown advantage estimator {estimator!r}")
+    precise = totals.double()
+    if estimator == "reinforce":
+        groups = torch.zeros_like(groups)
+    sizes = torch.bincount(groups).double()
+    own_size = sizes[groups]
+    if estimator != "reinforce" and (own_size < 2).any():
+        raise ValueError(f"{estimator} compares the responses to a prompt, and a prompt has only one")
+
+    def group_means(values: Tensor) -> Tensor:
+        return (torch.zeros_like(sizes).index_add(0, groups, values) / sizes)[groups]
+
+    advantages = precise - group_means(precise)
+    if estimator == "rloo":
+        advantages = advantages * own_size / (own_size - 1)
+    elif estimator == "grpo":
+        advantages = advantages * torch.rsqrt(group_means(advantages.square()) + WHITEN_EPS)
+    return torch.where(mask, advantages.to(totals.dtype)[:, None], 0)
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.algorithm import KLControllerConfig
+from configs.algorithm import KLControllerConfig, KLEstimator
+from learner.ops.aggregate import weighted_sum, where_weighted
 from learner.ops.masked import check_alike, masked_sum
 
 MAX_EXPONENT = 20.0
@@ -84,6 +85,55 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """
     log_ratio = logprobs - ref_logprobs
     return torch.expm1((-log_ratio).clamp(-MAX_EXPONENT, MAX_EXPONENT)) + log_ratio
+
+
+def exact(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Compute the KL of the next-token distributions at visited states, over the whole vocabulary.
+
+        KL(s) = sum_v pi(v | s) (log pi(v | s) - log ref(v | s))
+
+    Summed over the states of a response and averaged over responses, it estimates the same KL per sequence as k1, with
+    less variance: only which states are visited is left to chance.
+
+    Args:
+        logits: `[..., V]`; the policy's at the visited states.
+        ref_logits: The same shape; the reference's at the same states.
+        temperature: At which the tokens were sampled.
+
+    Returns:
+        `[...]`, nats, never below zero but for rounding; with gradient.
+    """
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    log_ratio = logprobs - torch.log_softmax(ref_logits / temperature, dim=-1)
+    # A token that the policy cannot produce counts zero, whatever the reference thinks of it.
+    return torch.where(logprobs > -torch.inf, logprobs.exp() * log_ratio, 0).sum(dim=-1)
+
+
+def penalty(logprobs: Tensor, *, ref_logprobs: Tensor, weights: Tensor, estimator: KLEstimator) -> Tensor:
+    """Aggregate the KL as a term of the loss.
+
+        sum_t k_t W_t
+
+    With k2 the expected gradient is that of KL(pi || ref), with k3 that of KL(ref || pi).
+
+    Args:
+        logprobs: `[B, T]` or `[N]`, nats; the policy's now.
+        ref_logprobs: The same shape, nats; the frozen reference's.
+        weights: The same shape; from `aggregate.token_weights`.
+        estimator: `algorithm.kl_estimator`.
+
+    Returns:
+        A scalar, nats per token where the weights sum to 1; only `logprobs` gets a gradient.
+
+    Raises:
+        ValueError: If shapes or dtypes differ, or for k1, whose expected gradient is zero.
+    """
+    check_alike(logprobs=logprobs, ref_logprobs=ref_logprobs, weights=weights)
+    if estimator == "k1":
+        raise ValueError("k1 as a loss has an expected gradient of zero: use k2")
+    log_ratio = where_weighted(logprobs - ref_logprobs.detach(), weights)
+    estimate = k2 if estimator == "k2" else k3
+    return weighted_sum(estimate(log_ratio, torch.zeros_like(log_ratio)), weights)
 
 
 def count_clamped(logprobs: Tensor, ref_logprobs: Tensor, *, mask: Tensor) -> Tensor:

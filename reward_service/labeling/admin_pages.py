@@ -1,25 +1,15 @@
 """The page that admins see: figures, and who may come in."""
 
-from dataclasses import dataclass
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from reward_service.labeling.admin_figures import AdminFigures
 from reward_service.labeling.forms import Disable, Invite, read_form
 from reward_service.labeling.labeler_pages import Fields
-from reward_service.labeling.people import Door, Me, invite
+from reward_service.labeling.people import Door, Invitation, Me, invite
 from reward_service.labeling.rendering import Renderer, see
 from reward_service.labeling.security import Refusal
 from reward_service.preferences.store import PreferenceStore
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewLink:
-    """An invite link, shown once."""
-
-    name: str
-    url: str
 
 
 class AdminPages:
@@ -52,13 +42,13 @@ class AdminPages:
         return self._page(self._door.admin(request), link=None)
 
     def invite(self, request: Request, fields: Fields) -> Response:
-        """Invite somebody, and show the link once."""
+        """Invite somebody, or renew their link, and show it once."""
         me = self._door.admin(request)
         self._door.check_form(me, dict(fields).get("csrf", ""))
         form = read_form(Invite, fields)
-        url = invite(self._store, form.name, role=form.role, base_url=self._base_url)
-        self._door.note("invited", me.labeler_id, {"role": form.role})
-        return self._page(me, link=NewLink(name=form.name, url=url))
+        link = invite(self._store, form.name, role=form.role, base_url=self._base_url)
+        self._door.note("renewed" if link.is_renewed else "invited", me.labeler_id, {"role": link.role})
+        return self._page(me, link=link)
 
     def disable(self, request: Request, fields: Fields) -> Response:
         """End somebody's access; their labels stay."""
@@ -73,5 +63,5 @@ class AdminPages:
         self._door.note("disabled", me.labeler_id, {"whom": labeler_id})
         return see("/admin")
 
-    def _page(self, me: Me, *, link: NewLink | None) -> Response:
+    def _page(self, me: Me, *, link: Invitation | None) -> Response:
         return self._renderer.page("admin.html", me=me, figures=self._figures.read(), link=link)

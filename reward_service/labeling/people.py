@@ -135,22 +135,31 @@ class Door:
         self._store.audit(event, labeler_id=labeler_id, details=dict(details or {}), now=self._clock())
 
 
-def invite(store: PreferenceStore, name: str, *, role: Role = "labeler", base_url: str) -> str:
-    """Invite somebody to the labeling page.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Invitation:
+    """A link for somebody. It is the only copy of its token: the store keeps the hash."""
 
-    The link is the only copy of its token: the store keeps the hash.
+    url: str
+    name: str
+    role: Role
+    is_renewed: bool
+    """Whether they had been invited before, so that an older link has stopped working."""
+
+
+def invite(store: PreferenceStore, name: str, *, role: Role = "labeler", base_url: str) -> Invitation:
+    """Invite somebody to the labeling page, or renew the link of whoever has this name already.
 
     Args:
         store: The run's preference store.
         name: What the admin view calls them; labels carry a pseudonym.
-        role: An admin sees the admin view, and may label too.
+        role: An admin sees the admin view, and may label too. Who was invited before keeps their role.
         base_url: Where the page is reached, such as http://127.0.0.1:8600.
-
-    Returns:
-        The link.
     """
-    token = new_token()
-    store.add_labeler(
-        f"p-{secrets.token_hex(6)}", display_name=name, token_hash=token_hash(token), role=role, now=time.time()
+    token, new_id = new_token(), f"p-{secrets.token_hex(6)}"
+    found = store.add_labeler(new_id, display_name=name, token_hash=token_hash(token), role=role, now=time.time())
+    return Invitation(
+        url=f"{base_url.rstrip('/')}/join/{token}",
+        name=found.display_name,
+        role=found.role,
+        is_renewed=found.labeler_id != new_id,
     )
-    return f"{base_url.rstrip('/')}/join/{token}"

@@ -119,13 +119,12 @@ def num_takeable(connection: Connection, *, round: int | None, purpose: Purpose 
 
 
 def close_open(connection: Connection, *, round: int, purpose: Purpose) -> None:
-    """Hand tasks out no more: what they would say comes too late for the run."""
+    """Hand tasks out no more: what they would say comes too late for the run.
+
+    Those that are done are closed too: a later correction to a skip would take a judgement back and open them again.
+    """
     those = _of_kind(select(TASKS.c.task_id), round=round, purpose=purpose)
-    connection.execute(
-        update(QUEUE)
-        .where(QUEUE.c.task_id.in_(those), QUEUE.c.judgements < QUEUE.c.overlap)
-        .values(overlap=QUEUE.c.judgements)
-    )
+    connection.execute(update(QUEUE).where(QUEUE.c.task_id.in_(those)).values(overlap=0))
 
 
 def _of_kind(query: Select[Any], *, round: int | None, purpose: Purpose | None) -> Select[Any]:

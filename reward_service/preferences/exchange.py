@@ -30,6 +30,14 @@ _OUTBOUND: Mapping[str, outbound.ToRows] = {
     "helpsteer3": outbound.helpsteer_rows,
     "arena": outbound.arena_rows,
 }
+_UNITS: Mapping[str, str] = {
+    "trl-preference": "pair",
+    "trl-unpaired": "response",
+    "kwise": "ranking",
+    "helpsteer3": "pair",
+    "arena": "battle",
+}
+"""What a row is. A record of rondo's own formats is a task or a label."""
 _INBOUND: Mapping[str, inbound.Read] = {
     "trl-preference": inbound.read_trl_preferences,
     "trl-unpaired": inbound.read_trl_unpaired,
@@ -45,7 +53,7 @@ def export(
     *,
     format: Format,
     purposes: Sequence[Purpose] = ("training",),
-) -> ReadReport:
+) -> outbound.ExportReport:
     """Write preferences to a file, whole or not at all.
 
     Args:
@@ -60,19 +68,21 @@ def export(
     Raises:
         UserError: If there is nothing to write, or the path's suffix does not fit.
     """
-    report = ReadReport(source=str(path))
+    report = outbound.ExportReport(source=str(path), unit=_UNITS.get(format, "record"))
     path.parent.mkdir(parents=True, exist_ok=True)
     if format in ("jsonl", "parquet"):
         tasks, labels = _everything(source)
-        report.num_kept = len(tasks) + len(labels)
+        report.num_kept, report.num_tasks = len(tasks) + len(labels), len(tasks)
+        report.tasks = {task.task_id for task in tasks}
         with staged(path) as staging:
             (write_jsonl if format == "jsonl" else write_parquet)(staging, tasks, labels)
     else:
         labeled = source.labeled() if isinstance(source, PreferenceStore) else source
+        report.num_tasks = len(labeled)
         wanted = [entry for entry in labeled if entry.task.purpose in purposes]
         for entry in labeled:
             if entry.task.purpose not in purposes:
-                report.drop(f"a task for {entry.task.purpose}", entry.task.task_id)
+                report.leave("task", f"a task for {entry.task.purpose}", entry.task.task_id)
         rows = list(_OUTBOUND[format](wanted, report))
         if not rows:
             raise UserError(f"nothing can be exported as {format}: {report.summary()}", where=str(path))

@@ -4,7 +4,8 @@ Whatever a format cannot carry is left out and counted, never bent into somethin
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -20,10 +21,44 @@ MIDDLE_RATING = 4.0
 UNKNOWN_STRENGTH = 2
 """HelpSteer3 has no preference without a strength."""
 
-ToRows = Callable[[Sequence[LabeledTask], ReadReport], Iterator[dict[str, Any]]]
+
+@dataclass(slots=True, kw_only=True)
+class ExportReport(ReadReport):
+    """What was written of labelled tasks and what was left out, each by name: one ranking gives many pairs."""
+
+    unit: str
+    """What a row is, such as a pair."""
+    num_tasks: int = 0
+    """How many there were to write."""
+    tasks: set[str] = field(default_factory=set[str])
+    """Those of which something was written."""
+    units: dict[str, str] = field(default_factory=dict[str, str])
+    """Reason -> what was left out for it."""
+
+    def keep_of(self, task: Task) -> None:
+        """Count a row that is written."""
+        self.keep()
+        self.tasks.add(task.task_id)
+
+    def leave(self, unit: str, reason: str, where: str) -> None:
+        """Count a task, or something of a task, that is left out."""
+        self.drop(reason, where)
+        self.units[reason] = unit
+
+    def summary(self) -> str:
+        """Say in one line what was written and left out."""
+        reasons = [
+            f"{counted(count, self.units[reason])} left out: {reason} (such as {', '.join(self.examples[reason])})"
+            for reason, count in self.dropped.items()
+        ]
+        made = f"{counted(self.num_kept, self.unit)} from {len(self.tasks)} of {counted(self.num_tasks, 'task')}"
+        return "; ".join([made, *reasons])
 
 
-def preference_rows(labeled: Sequence[LabeledTask], report: ReadReport) -> Iterator[dict[str, Any]]:
+ToRows = Callable[[Sequence[LabeledTask], ExportReport], Iterator[dict[str, Any]]]
+
+
+def preference_rows(labeled: Sequence[LabeledTask], report: ExportReport) -> Iterator[dict[str, Any]]:
     """Yield TRL preferences: prompt, chosen, rejected, round, source, and margin if any pair has a strength.
 
     A margin column is all or nothing, because TRL cannot collate an empty one; 0 leaves its loss as it is without. A
@@ -43,11 +78,11 @@ def preference_rows(labeled: Sequence[LabeledTask], report: ReadReport) -> Itera
                 }
                 if has_margin:
                     row["margin"] = float(found.strength or 0.0)
-                report.keep()
+                report.keep_of(task)
                 yield {**row, "round": task.round, "source": source_of(task)}
 
 
-def unpaired_rows(labeled: Sequence[LabeledTask], report: ReadReport) -> Iterator[dict[str, Any]]:
+def unpaired_rows(labeled: Sequence[LabeledTask], report: ExportReport) -> Iterator[dict[str, Any]]:
     """Yield TRL unpaired preferences: prompt, completion, label, round, source.
 
     Where responses were rated, a mean above 4 is true and one below is false. Otherwise the best of a task are true and
@@ -61,9 +96,9 @@ def unpaired_rows(labeled: Sequence[LabeledTask], report: ReadReport) -> Iterato
             if label is None:
                 continue
             if not candidate.text.strip():
-                report.drop("empty response", task.task_id)
+                report.leave("response", "empty response", task.task_id)
                 continue
-            report.keep()
+            report.keep_of(task)
             yield {
                 "prompt": task.prompt,
                 "completion": completion(task.prompt, candidate.text),
@@ -73,21 +108,21 @@ def unpaired_rows(labeled: Sequence[LabeledTask], report: ReadReport) -> Iterato
             }
 
 
-def kwise_rows(labeled: Sequence[LabeledTask], report: ReadReport) -> Iterator[dict[str, Any]]:
+def kwise_rows(labeled: Sequence[LabeledTask], report: ExportReport) -> Iterator[dict[str, Any]]:
     """Yield rankings, a pair as one of two: prompt, completions, ranks (1 is best, ties share one), round, source."""
     for entry in labeled:
         task, found = entry.task, consensus(entry)
         if isinstance(found, str) and found != "tie":
-            report.drop(found, task.task_id)
+            report.leave("task", found, task.task_id)
             continue
         if not _is_useful(task, task.candidates, report):
             continue
         ranks = {c.candidate_id: 1 for c in task.candidates} if isinstance(found, str) else found.rank_of()
-        report.keep()
+        report.keep_of(task)
         yield {**ranking_row(task, ranks), "round": task.round, "source": source_of(task)}
 
 
-def helpsteer_rows(labeled: Sequence[LabeledTask], report: ReadReport) -> Iterator[dict[str, Any]]:
+def helpsteer_rows(labeled: Sequence[LabeledTask], report: ExportReport) -> Iterator[dict[str, Any]]:
     """Yield HelpSteer3 rows, one a pair: the preference runs from -3 (response 1 much better) to 3.
 
     The overall preference is the rounded mean of the individual ones. Both bad is 0 like a tie.
@@ -96,13 +131,13 @@ def helpsteer_rows(labeled: Sequence[LabeledTask], report: ReadReport) -> Iterat
         task = entry.task
         judged = [label for label in entry.labels if _is_carried(label, report)]
         if task.kind != "pair":
-            report.drop("a ranking", task.task_id)
+            report.leave("task", "a ranking", task.task_id)
             continue
         if not judged:
             continue
         first, second = task.candidates
         individual = [_individual(label, first=first.candidate_id) for label in judged]
-        report.keep()
+        report.keep_of(task)
         yield {
             **_columns(task),
             "context": conversation(task.prompt),
@@ -113,15 +148,15 @@ def helpsteer_rows(labeled: Sequence[LabeledTask], report: ReadReport) -> Iterat
         }
 
 
-def arena_rows(labeled: Sequence[LabeledTask], report: ReadReport) -> Iterator[dict[str, Any]]:
+def arena_rows(labeled: Sequence[LabeledTask], report: ExportReport) -> Iterator[dict[str, Any]]:
     """Yield Arena battles, one a judgement of a pair; model a is the one that was shown first."""
     for entry in labeled:
         task = entry.task
         for label in entry.labels:
             if task.kind != "pair":
-                report.drop("a ranking", label.label_id)
+                report.leave("label", "a ranking", label.label_id)
             elif _is_carried(label, report):
-                report.keep()
+                report.keep_of(task)
                 yield _battle(task, label)
 
 
@@ -150,6 +185,17 @@ def ranking_row(task: Task, ranks: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def num_pairs(row: Mapping[str, Any]) -> int:
+    """Count the pairs that a row for a reward model orders: a ranking's of different ranks; any other row is one."""
+    ranks: Sequence[int] = row.get("ranks", (1, 2))
+    return sum(one != other for one, other in combinations(ranks, 2))
+
+
+def counted(count: int, noun: str) -> str:
+    """Write a count with its noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def why_useless(candidates: Sequence[Candidate]) -> str | None:
     """Say why nothing can be learned from an order of these, if so."""
     texts = [candidate.text for candidate in candidates]
@@ -158,49 +204,49 @@ def why_useless(candidates: Sequence[Candidate]) -> str | None:
     return "identical responses" if len(set(texts)) < len(texts) else None
 
 
-def _decided(labeled: Sequence[LabeledTask], report: ReadReport) -> Iterator[tuple[Task, Consensus]]:
+def _decided(labeled: Sequence[LabeledTask], report: ExportReport) -> Iterator[tuple[Task, Consensus]]:
     for entry in labeled:
         found = consensus(entry)
         if isinstance(found, str):
-            report.drop(found, entry.task.task_id)
+            report.leave("task", found, entry.task.task_id)
         else:
             yield entry.task, found
 
 
-def _is_useful(task: Task, candidates: Sequence[Candidate], report: ReadReport) -> bool:
+def _is_useful(task: Task, candidates: Sequence[Candidate], report: ExportReport) -> bool:
     reason = why_useless(candidates)
     if reason is not None:
-        report.drop(reason, task.task_id)
+        report.leave("task" if len(candidates) == len(task.candidates) else "pair", reason, task.task_id)
     return reason is None
 
 
-def _is_carried(label: Label, report: ReadReport) -> bool:
+def _is_carried(label: Label, report: ExportReport) -> bool:
     verdict = label.outcome.verdict
     if verdict in ("skip", "invalid"):
-        report.drop("skipped" if verdict == "skip" else "invalid", label.label_id)
+        report.leave("label", "skipped" if verdict == "skip" else "invalid", label.label_id)
         return False
     return True
 
 
-def _liked(entry: LabeledTask, report: ReadReport) -> dict[str, bool]:
+def _liked(entry: LabeledTask, report: ExportReport) -> dict[str, bool]:
     ids = [candidate.candidate_id for candidate in entry.task.candidates]
     ratings = {one: [label.ratings[one] for label in entry.labels if one in label.ratings] for one in ids}
     if any(ratings.values()):
         means = {one: sum(given) / len(given) for one, given in ratings.items() if given}
         for one in ids:
             if one not in means:
-                report.drop("not rated", entry.task.task_id)
+                report.leave("response", "not rated", entry.task.task_id)
             elif means[one] == MIDDLE_RATING:
-                report.drop("rated in the middle", entry.task.task_id)
+                report.leave("response", "rated in the middle", entry.task.task_id)
         return {one: mean > MIDDLE_RATING for one, mean in means.items() if mean != MIDDLE_RATING}
     found = consensus(entry)
     if found == "both bad":
         return dict.fromkeys(ids, False)
     if isinstance(found, str):
-        report.drop(found, entry.task.task_id)
+        report.leave("task", found, entry.task.task_id)
         return {}
     for _ in (one for group in found.groups[1:-1] for one in group):
-        report.drop("neither best nor last", entry.task.task_id)
+        report.leave("response", "neither best nor last", entry.task.task_id)
     return dict.fromkeys(found.groups[0], True) | dict.fromkeys(found.groups[-1], False)
 
 

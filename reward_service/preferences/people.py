@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
@@ -38,8 +38,14 @@ class AuditEntry:
 
 def insert_labeler(
     connection: Connection, labeler_id: str, *, display_name: str, token_hash: str, role: Role, now: float
-) -> None:
-    """Add somebody; see `PreferenceStore.add_labeler`."""
+) -> Labeler:
+    """Add somebody, or give who has this name already a new invitation; see `PreferenceStore.add_labeler`."""
+    known = [one for one in all_labelers(connection) if _person(one.display_name) == _person(display_name)]
+    if known:
+        # Two identities of one name are from before names were looked up.
+        found = min(known, key=lambda one: one.disabled)
+        _set_token_hash(connection, found.labeler_id, token_hash)
+        return replace(found, disabled=False)
     try:
         connection.execute(
             insert(LABELERS).values(
@@ -50,6 +56,7 @@ def insert_labeler(
         raise UserError(
             f"there is a labeler {labeler_id} already", next_step="choose another id, or give this one a new link"
         ) from error
+    return Labeler(labeler_id=labeler_id, display_name=display_name, role=role, added_at=now, disabled=False)
 
 
 def labeler_by_token_hash(connection: Connection, token_hash: str) -> Labeler | None:
@@ -66,14 +73,6 @@ def all_labelers(connection: Connection) -> list[Labeler]:
     return [_labeler(row) for row in found]
 
 
-def set_token_hash(connection: Connection, labeler_id: str, token_hash: str) -> None:
-    """Give a labeler a new invitation, which ends the old one and enables who was disabled."""
-    changed = connection.execute(
-        update(LABELERS).where(LABELERS.c.labeler_id == labeler_id).values(token_hash=token_hash, disabled_at=None)
-    )
-    _require_one(changed.rowcount, labeler_id)
-
-
 def disable(connection: Connection, labeler_id: str, *, now: float) -> None:
     """End a labeler's access and what they hold."""
     changed = connection.execute(
@@ -81,7 +80,8 @@ def disable(connection: Connection, labeler_id: str, *, now: float) -> None:
         .where(LABELERS.c.labeler_id == labeler_id)
         .values(disabled_at=func.coalesce(LABELERS.c.disabled_at, now))
     )
-    _require_one(changed.rowcount, labeler_id)
+    if changed.rowcount != 1:
+        raise UserError(f"there is no labeler {labeler_id}", next_step="`rondo label stats` lists who was invited")
     connection.execute(delete(LEASES).where(LEASES.c.labeler_id == labeler_id))
 
 
@@ -106,6 +106,17 @@ def audit_entries(connection: Connection, *, last: int) -> list[AuditEntry]:
     ]
 
 
+def _person(display_name: str) -> str:
+    return " ".join(display_name.split()).casefold()
+
+
+def _set_token_hash(connection: Connection, labeler_id: str, token_hash: str) -> None:
+    """End the old invitation, and enable who was disabled."""
+    connection.execute(
+        update(LABELERS).where(LABELERS.c.labeler_id == labeler_id).values(token_hash=token_hash, disabled_at=None)
+    )
+
+
 def _labeler(row: Row[Any]) -> Labeler:
     return Labeler(
         labeler_id=row.labeler_id,
@@ -114,11 +125,6 @@ def _labeler(row: Row[Any]) -> Labeler:
         added_at=row.added_at,
         disabled=row.disabled_at is not None,
     )
-
-
-def _require_one(num_changed: int, labeler_id: str) -> None:
-    if num_changed != 1:
-        raise UserError(f"there is no labeler {labeler_id}", next_step="`rondo label` lists who was invited")
 
 
 def claim(connection: Connection, run_id: str, *, now: float) -> None:

@@ -251,7 +251,7 @@ class PreferenceStore:
             return assignment.num_takeable(connection, round=round, purpose=purpose)
 
     def close_open(self, *, round: int, purpose: Purpose) -> None:
-        """Hand the open tasks of a round out no more, because the run has gone on without them."""
+        """Hand the tasks of a round out no more, whatever is corrected later: the run has gone on without them."""
         with self._database.writing() as connection:
             assignment.close_open(connection, round=round, purpose=purpose)
 
@@ -269,14 +269,18 @@ class PreferenceStore:
 
     def add_labeler(
         self, labeler_id: str, *, display_name: str, token_hash: str, role: Role = "labeler", now: float
-    ) -> None:
-        """Invite somebody.
+    ) -> Labeler:
+        """Invite somebody. A name, in whatever case, is one person.
+
+        Returns:
+            Who was added; or who has this name already, under their old id and role, enabled and with the new token in
+            place of the old one.
 
         Raises:
             UserError: If the id or the token is in use.
         """
         with self._database.writing() as connection:
-            people.insert_labeler(
+            return people.insert_labeler(
                 connection, labeler_id, display_name=display_name, token_hash=token_hash, role=role, now=now
             )
 
@@ -289,15 +293,6 @@ class PreferenceStore:
         """List everybody who was invited, disabled ones too, in the order in which they were added."""
         with self._database.reading() as connection:
             return people.all_labelers(connection)
-
-    def renew_labeler(self, labeler_id: str, *, token_hash: str) -> None:
-        """Replace a labeler's invitation; the old one ends, and who was disabled is enabled.
-
-        Raises:
-            UserError: If there is no such labeler.
-        """
-        with self._database.writing() as connection:
-            people.set_token_hash(connection, labeler_id, token_hash)
 
     def disable_labeler(self, labeler_id: str, *, now: float | None = None) -> None:
         """End a labeler's access and give back what they hold; their labels stay.

@@ -177,6 +177,21 @@ def test_a_correction_and_an_undo_are_new_labels(store: PreferenceStore) -> None
     assert store.last_label("bob") is None
 
 
+def test_a_closed_task_stays_closed_whatever_is_corrected(store: PreferenceStore) -> None:
+    store.add_tasks([task(1), task(2, overlap=2), task(3), task(4, round=1)])
+    store.record_all([label("l1"), label("l2", of="t2")], now=20.0)
+    store.close_open(round=0, purpose="training")
+    # One that was done, one that lacked a judgement, and one that had none.
+    store.record(label("l3", says=SKIP, supersedes="l1"), now=21.0)
+    store.record(label("l4", of="t2", says=SKIP, supersedes="l2"), now=21.0)
+    assert store.next_task("bob", now=22.0, lease_s=1.0, round=0) is None
+    assert store.num_takeable(round=0) == 0
+    assert refusal(store, label("l5", of="t3", by="bob")) == "at_overlap"
+    progress = store.progress(round=0)
+    assert (progress.tasks, progress.done, progress.judgements) == (3, 3, 0)
+    assert leased(store, "bob", now=22.0) == "t4", "other rounds stay open"
+
+
 def test_an_invalid_label_does_not_bar_a_later_judgement(store: PreferenceStore) -> None:
     store.add_tasks([task(1)])
     store.record(label("l1", says=INVALID), now=20.0)
@@ -293,7 +308,7 @@ def test_labelers_are_known_by_their_token_alone(store: PreferenceStore) -> None
     store.add_labeler("bob", display_name="Bob", token_hash="h2", role="admin", now=2.0)
     for labeler_id, token_hash in (("ann", "h3"), ("cyd", "h1")):
         with pytest.raises(UserError, match="already"):
-            store.add_labeler(labeler_id, display_name="?", token_hash=token_hash, now=3.0)
+            store.add_labeler(labeler_id, display_name="Cyd", token_hash=token_hash, now=3.0)
     found = store.labeler_by_token_hash("h2")
     assert found is not None
     assert (found.labeler_id, found.display_name, found.role, found.disabled) == ("bob", "Bob", "admin", False)
@@ -304,11 +319,20 @@ def test_labelers_are_known_by_their_token_alone(store: PreferenceStore) -> None
     assert store.labeler_by_token_hash("h1") is None
     assert store.lease("ann", now=5.0) is None
     assert [(one.labeler_id, one.disabled) for one in store.labelers()] == [("ann", True), ("bob", False)]
-    store.renew_labeler("ann", token_hash="h4")
-    assert store.labeler_by_token_hash("h1") is None
-    assert store.labeler_by_token_hash("h4") is not None
     with pytest.raises(UserError, match="no labeler eve"):
         store.disable_labeler("eve")
+
+
+def test_a_name_is_one_person_whose_link_is_renewed(store: PreferenceStore) -> None:
+    first = store.add_labeler("p-1", display_name="Ann Lee", token_hash="h1", role="admin", now=1.0)
+    assert (first.labeler_id, first.role) == ("p-1", "admin")
+    store.disable_labeler("p-1", now=2.0)
+    again = store.add_labeler("p-2", display_name=" ann  LEE", token_hash="h2", now=3.0)
+    assert again == first
+    assert store.labelers() == [first]
+    assert store.labeler_by_token_hash("h1") is None
+    assert store.labeler_by_token_hash("h2") == first
+    assert store.add_labeler("p-3", display_name="Ann", token_hash="h3", now=4.0).labeler_id == "p-3"
 
 
 def test_the_audit_log_keeps_its_order(store: PreferenceStore) -> None:

@@ -221,3 +221,20 @@ def test_gather_gives_full_shapes_by_name(make: Make) -> None:
     [(found, tensor)] = engine.gather([name]).items()
     assert found == name
     assert torch.equal(tensor, dict(twin_of(engine).named_parameters())[name])
+
+
+def test_a_measured_gradient_is_gone_and_leaves_no_trace(make: Make) -> None:
+    engine = make()
+    before = weights(engine)
+    accumulate(engine, scale=3.0)
+    norm = engine.measure()
+    assert engine.num_steps == 0
+    assert torch.equal(weights(engine), before)
+    accumulate(engine)
+    result = engine.step()
+    assert norm == pytest.approx(3.0 * result.grad_norm, rel=1e-4)
+    twin = make()
+    accumulate(twin)
+    twin.step()
+    moved = weights(twin) - before
+    assert (weights(engine) - weights(twin)).norm() < 1e-3 * moved.norm()

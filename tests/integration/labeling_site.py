@@ -71,7 +71,7 @@ class RunningSite:
 
     def invite(self, name: str = "Ana", *, admin: bool = False) -> str:
         """Return an invite link."""
-        return invite(self.store, name, role="admin" if admin else "labeler", base_url=self.url)
+        return invite(self.store, name, role="admin" if admin else "labeler", base_url=self.url).url
 
     def join(self, name: str = "Ana", *, admin: bool = False) -> "Labeler":
         """Return somebody who came in by a link."""

@@ -21,7 +21,7 @@ from configs.labels import PeopleConfig
 from protocol.errors import UserError
 from reward_service.labeling.guard import Limits, Rate
 from reward_service.labeling.people import invite
-from reward_service.labeling.server import serve
+from reward_service.labeling.server import Address, serve
 from reward_service.preferences.store import PreferenceStore
 from tests.integration.labeling_site import SECRETS, Labeler, Page, running_site, task
 from tests.postgres_server import new_database, postgres_server
@@ -162,6 +162,12 @@ def test_the_admin_sees_figures_invites_and_ends_access(tmp_path: Path) -> None:
         assert "<dt>Agreement</dt><dd>100%<small>on 4 shared pairs</small>" in page.html
         assert "&lt;b&gt;Bob&lt;/b&gt;" in page.html
         csrf = page.hidden["csrf"]
+        again = admin.http.post("/admin/invite", data={"csrf": csrf, "name": " ana", "role": "admin"}).text
+        assert "Ana had been invited before, as a labeler, and stays the same person" in again
+        assert people[0].look().status == 401
+        people[0].http.get(re.findall(rf"{site.url}/join/[\w-]+", again)[0])
+        assert people[0].look("/admin").status == 403, "a renewed link gives no other role"
+        assert [labeler.display_name for labeler in site.store.labelers()] == ["Ana", "<b>Bob</b>", "Root"]
         invited = admin.http.post("/admin/invite", data={"csrf": csrf, "name": "Cem", "role": "labeler"})
         [link] = re.findall(rf"{site.url}/join/[\w-]+", invited.text)
         assert "/join/" not in admin.look("/admin").html
@@ -448,9 +454,9 @@ def test_a_link_from_elsewhere_lands_on_the_page(tmp_path: Path) -> None:
 def test_a_public_address_needs_leave_and_the_way_out_is_said(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'p.db'}"
     with pytest.raises(UserError, match="proxy that speaks TLS"):
-        serve(url, config=PeopleConfig(), run_name="demo", host="0.0.0.0", port=0)
+        serve(url, config=PeopleConfig(), run_name="demo", address=Address(host="0.0.0.0", port=0))
     with pytest.raises(UserError, match="no-such-file"):
-        serve(url, config=PeopleConfig(guidelines="no-such-file"), run_name="demo", port=0)
+        serve(url, config=PeopleConfig(guidelines="no-such-file"), run_name="demo", address=Address(port=0))
 
 
 def test_ctrl_c_closes_the_page_cleanly(tmp_path: Path) -> None:
@@ -462,19 +468,19 @@ def test_ctrl_c_closes_the_page_cleanly(tmp_path: Path) -> None:
         assert server.returncode == 0
         assert "Traceback" not in output
     with served(store_url, tmp_path) as (_, taken), pytest.raises(UserError, match="another port"):
-        serve("sqlite://", config=PeopleConfig(), run_name="demo", port=int(taken.rsplit(":", 1)[1]))
+        serve("sqlite://", config=PeopleConfig(), run_name="demo", address=Address(port=int(taken.rsplit(":", 1)[1])))
 
 
 SERVE = """
 import sys
 from pathlib import Path
 from configs.labels import PeopleConfig
-from reward_service.labeling.server import serve
+from reward_service.labeling.server import Address, serve
 serve(
     sys.argv[1],
     config=PeopleConfig(),
     run_name="demo",
-    port=int(sys.argv[2]),
+    address=Address(port=int(sys.argv[2])),
     secret_path=Path(sys.argv[3]),
 )
 """
@@ -548,7 +554,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def test_no_acknowledged_label_is_lost_when_the_server_is_killed(store_url: str, tmp_path: Path) -> None:
     store = PreferenceStore.open(store_url)
     store.add_tasks([task(n) for n in range(120)])
-    links = [invite(store, f"L{n}", base_url="") for n in range(6)]
+    links = [invite(store, f"L{n}", base_url="").url for n in range(6)]
     with served(store_url, tmp_path) as (server, url):
         port = int(url.rsplit(":", 1)[1])
         threads, acknowledged = in_threads(url, links, seconds=120)
@@ -584,7 +590,7 @@ def test_fifty_labelers_at_once_label_no_task_too_often(
 ) -> None:
     store = PreferenceStore.open(store_url)
     store.add_tasks([task(n, overlap=2) for n in range(1000)])
-    links = [invite(store, f"L{n}", base_url="") for n in range(50)]
+    links = [invite(store, f"L{n}", base_url="").url for n in range(50)]
     with served(store_url, tmp_path) as (_, url):
         started = time.monotonic()
         threads, acknowledged = in_threads(url, links, seconds=240)

@@ -26,6 +26,16 @@ def test_artefacts_are_kept_in_order_and_recording_again_changes_nothing(tmp_pat
     assert path.stat().st_mtime_ns == before
 
 
+def test_comparisons_are_counted_in_tasks_and_pairs() -> None:
+    name = "rounds/r002/comparisons.jsonl"
+    held = {"tasks": 1482, "pairs": 8892}
+    now = Artefact(name=name, kind="comparisons", round=2, config="abc", data=held)
+    before = Artefact(name=name, kind="comparisons", round=2, config="abc", data={"rows": 1482})
+    assert lineage.compared(now) == "1,482 tasks, 8,892 pairs"
+    assert lineage.compared(before) == "1,482 tasks", "what a run of before counted"
+    assert lineage.compared(Artefact(name="policies/v000", kind="policy", round=0, config="abc", data=held)) is None
+
+
 def test_what_the_lineage_refers_to_is_found_among_names_and_parents(tmp_path: Path) -> None:
     path = tmp_path / "lineage.json"
     assert lineage.referred(path, below="checkpoints") == set()

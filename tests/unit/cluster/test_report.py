@@ -147,7 +147,8 @@ def test_the_summary_says_what_happened_to_somebody_who_was_not_there(finished: 
     for sentence in (
         "On 256 held-out prompts v041 is better than SFT: it wins 80% of the time (95% interval 75% to 85%), judged by "
         "the gold score, whose mean went from −0.21 to +0.80.",
-        "1,500 comparisons collected in round 2 and judged by simulated labelers",
+        "40 tasks (40 pairs) collected in round 2 and judged by simulated labelers",
+        "round 2, 500 tasks, 3,000 pairs",
         "Round 2 was stopped by a guard after 20 iterations: KL (nats a sequence) = 12.3 is above its bound of 12.",
         "The reward model promises more for v041 than was measured: +260 Elo over v020 against +98 (+40 to +158).",
         "1 incident recorded",

@@ -131,3 +131,21 @@ def test_an_endpoint_has_to_answer_before_its_worker_is_given_up() -> None:
     with pytest.raises(ConfigError, match=r"deadline_s = 60 is not below cluster\.deadlines\.score_s = 60"):
         load("quickstart", [*reward, "cluster.deadlines.score_s=60"])
     assert load("quickstart", [*reward, "cluster.deadlines.score_s=61"]).cluster.deadlines.score_s == 61
+
+
+def test_without_a_critic_there_is_no_need_of_a_reward_model_to_start_it_from() -> None:
+    overrides = ["scoring.rewards=[{kind: function, name: a, path: 'm:f'}]", "rounds.collect.comparisons=0"]
+    config = load("quickstart", [*overrides, "algorithm.advantage=reinforce", "rounds.count=1", "rounds.overrides={}"])
+    assert not config.algorithm.has_critic
+    assert config.algorithm.warmup_iterations == 0 < config.algorithm.critic_warmup_iterations
+    with pytest.raises(ConfigError, match="models.critic.init is reward"):
+        load("quickstart", [*overrides, "rounds.count=1", "rounds.overrides={}"])
+
+
+@pytest.mark.parametrize("name", ["ppo", "apa", "awr", "a2c"])
+def test_one_line_switches_the_algorithm(name: str) -> None:
+    config = load("quickstart", [f"algorithm.name={name}"])
+    assert config.algorithm.name == name
+    assert config.algorithm.minibatch_responses == 32
+    assert config.algorithm.correction.weight == "none"
+    assert config.algorithm.has_critic

@@ -105,7 +105,7 @@ def test_entropy_and_its_logprobs_match_a_slow_loop() -> None:
     logits = policy.head(policy.hidden(m.input_ids, m.position_ids, m.predict_index)).detach().double() / 0.7
     for row, logit in enumerate(logits):
         p = [float(x) for x in torch.softmax(logit, dim=0)]
-        assert entropies[row] == pytest.approx(-sum(x * np.log(x) for x in p), abs=1e-5)
+        assert entropies[row].item() == pytest.approx(-sum(x * np.log(x) for x in p), abs=1e-5)
 
 
 def test_logprobs_are_fp32_whatever_the_logits() -> None:

@@ -13,6 +13,7 @@ from protocol.datasets import ReadReport, peek, read_preferences
 from protocol.errors import UserError
 from protocol.records import PreferenceRecord, RecordKind
 from reward_service.preferences.exchange import Format, export, read_import, training_rows
+from reward_service.preferences.outbound import num_pairs
 from reward_service.preferences.records import Candidate, Label, LabeledTask, Outcome, Task
 from reward_service.preferences.store import PreferenceStore
 
@@ -211,8 +212,23 @@ def test_trl_preferences(tmp_path: Path) -> None:
     ]
     assert report.num_kept == 4
     assert report.dropped == {"a task for evaluation": 1, "tie": 1, "both bad": 1, "skipped": 1}
-    assert "1 dropped: tie (such as t3)" in report.summary()
+    assert report.summary().startswith("4 pairs from 3 of 7 tasks; 1 task left out: a task for evaluation")
+    assert "1 task left out: tie (such as t3)" in report.summary()
     assert peek(str(tmp_path / "out.jsonl")).kind is RecordKind.PREFERENCE
+
+
+def test_what_is_left_out_is_counted_by_what_it_is(tmp_path: Path) -> None:
+    entry = labeled("t1", ranks("a", "b", "c"), ids="abc")
+    twins = tuple(replace(one, text="the same") for one in entry.task.candidates[:2])
+    task = replace(entry.task, candidates=(*twins, entry.task.candidates[2]))
+    _, report = exported(tmp_path, [LabeledTask(task=task, labels=entry.labels)], "trl-preference")
+    assert report.summary() == "2 pairs from 1 of 1 task; 1 pair left out: identical responses (such as t1)"
+
+
+def test_pairs_of_a_row_are_those_that_it_orders() -> None:
+    assert num_pairs({"chosen": "a", "rejected": "b"}) == 1
+    assert num_pairs({"ranks": [1, 2, 3, 4]}) == 6
+    assert num_pairs({"ranks": [1, 1, 2]}) == 2
 
 
 def test_trl_preferences_without_any_strength_have_no_margin(tmp_path: Path) -> None:
@@ -440,7 +456,7 @@ def test_every_format_can_be_a_parquet_file(tmp_path: Path, format: Format) -> N
 
 def test_nothing_to_export_is_said_and_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    with pytest.raises(UserError, match="1 dropped: tie"):
+    with pytest.raises(UserError, match="1 task left out: tie"):
         export([labeled("t1", TIE)], path, format="trl-preference")
     with pytest.raises(UserError, match=".jsonl or .parquet"):
         export([labeled("t1", wins("a"))], tmp_path / "out.csv", format="trl-preference")

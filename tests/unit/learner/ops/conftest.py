@@ -1,8 +1,4 @@
-"""What all tests of the ops share: the published vectors, and one thread for speed on small tensors."""
-
-import json
-from pathlib import Path
-from typing import Any
+"""What all tests of the ops share: one thread for speed on small tensors, and the same examples every time."""
 
 import pytest
 import torch
@@ -11,13 +7,6 @@ from hypothesis import settings
 # No deadline: the machine may be busy. The same examples every time: a failure is then the change's, not the dice's.
 settings.register_profile("rondo", deadline=None, derandomize=True)
 settings.load_profile("rondo")
-
-VECTORS = Path(__file__).parents[3] / "data" / "vectors.json"
-
-
-@pytest.fixture(scope="session")
-def vectors() -> dict[str, dict[str, Any]]:
-    return json.loads(VECTORS.read_text())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,13 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_batches import Batch, batches, close, t64
+from op_batches import Batch, batches, close, make_batch, t64
 from torch import Tensor
 
-from learner.ops.advantages import choose_bootstrap_values, gae, normalize
+from learner.ops.advantages import choose_bootstrap_values, gae, normalize, without_critic
 
 MASK = torch.tensor([[True, True, True, False], [True, True, True, True]])
 FRACTIONS = st.floats(0, 1)
+SEEDS = st.integers(0, 10_000)
 
 
 def slow_gae(
@@ -194,3 +195,101 @@ def test_i2_padding_and_row_order_do_not_change_the_normalisation(batch: Batch, 
 def test_senseless_normalisations_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         normalize(torch.zeros(2, 4), MASK, **options)
+
+
+def slow_without_critic(totals: list[float], groups: list[int], estimator: str) -> list[float]:
+    found = []
+    for i, (total, group) in enumerate(zip(totals, groups, strict=True)):
+        everyone = [t for t, g in zip(totals, groups, strict=True) if g == group or estimator == "reinforce"]
+        others = [t for j, (t, g) in enumerate(zip(totals, groups, strict=True)) if g == group and j != i]
+        mean = sum(everyone) / len(everyone)
+        std = (sum((t - mean) ** 2 for t in everyone) / len(everyone) + 1e-8) ** 0.5
+        found.append(
+            {
+                "reinforce": total - mean,
+                "rloo": total - sum(others) / len(others) if others else 0.0,
+                "grpo": (total - mean) / std,
+            }[estimator]
+        )
+    return found
+
+
+@st.composite
+def grouped(draw: st.DrawFn) -> tuple[Batch, list[int]]:
+    """Responses to one to three prompts, two or more each, in any order."""
+    groups = [group for group in range(draw(st.integers(1, 3))) for _ in range(draw(st.integers(2, 4)))]
+    batch = make_batch(draw(st.lists(st.integers(1, 4), min_size=len(groups), max_size=len(groups))), draw(SEEDS))
+    return batch, draw(st.permutations(groups))
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce"])
+@given(case=grouped(), num_columns=st.integers(0, 2))
+def test_advantages_without_a_critic_equal_a_slow_loop_for_any_padding_and_order(
+    estimator, case: tuple[Batch, list[int]], num_columns: int
+):
+    batch, groups = case
+    mask = batch.padded(num_columns, float("nan")).mask
+    found = without_critic(batch.scores, groups=torch.tensor(groups), mask=mask, estimator=estimator)
+    expected = t64(slow_without_critic(batch.scores.tolist(), groups, estimator))
+    close(found, torch.where(mask, expected[:, None], 0))
+    order = list(reversed(range(len(groups))))
+    again = without_critic(
+        batch.scores[order], groups=torch.tensor(groups)[order], mask=mask[order], estimator=estimator
+    )
+    close(again, found[order])
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce"])
+@given(case=grouped(), shift=st.floats(-5, 5))
+def test_a_baseline_takes_a_common_shift_away(estimator, case: tuple[Batch, list[int]], shift: float):
+    """One for each prompt where prompts have baselines of their own, one for the batch else."""
+    batch, groups = case
+    numbers = torch.tensor(groups)
+    shifts = torch.full_like(batch.scores, shift) if estimator == "reinforce" else shift * (1.0 + numbers)
+    options = {"groups": numbers, "mask": batch.mask, "estimator": estimator}
+    close(without_critic(batch.scores + shifts, **options), without_critic(batch.scores, **options), atol=1e-7)
+
+
+@given(case=grouped(), scale=st.floats(0.5, 20))
+def test_grpo_has_no_units_and_the_others_have(case: tuple[Batch, list[int]], scale: float):
+    batch, groups = case
+    options = {"groups": torch.tensor(groups), "mask": batch.mask}
+    for estimator, factor in (("grpo", 1.0), ("rloo", scale), ("reinforce", scale)):
+        scaled = without_critic(batch.scores * scale, **options, estimator=estimator)
+        close(scaled, factor * without_critic(batch.scores, **options, estimator=estimator), atol=1e-4)
+
+
+def test_rloo_is_unbiased_and_a_baseline_with_the_own_reward_shrinks_the_gradient():
+    """Over all pairs of samples of a bandit: E[A grad log pi] against the gradient of E[r]."""
+    pi, rewards = t64([0.5, 0.3, 0.2]), t64([0.0, 1.0, 2.0])
+    exact = pi * (rewards - (pi * rewards).sum())
+    scores = torch.eye(3, dtype=torch.float64) - pi
+    for estimator, factor in (("rloo", 1.0), ("reinforce", 0.5)):
+        found = torch.zeros(3, dtype=torch.float64)
+        for first in range(3):
+            for second in range(3):
+                advantages = without_critic(
+                    rewards[[first, second]],
+                    groups=torch.zeros(2, dtype=torch.int64),
+                    mask=torch.ones(2, 1, dtype=torch.bool),
+                    estimator=estimator,
+                )[:, 0]
+                found += pi[first] * pi[second] * (advantages[:, None] * scores[[first, second]]).mean(dim=0)
+        close(found, factor * exact)
+
+
+def test_equal_rewards_give_no_advantage_and_no_division_by_zero():
+    groups, mask = torch.zeros(3, dtype=torch.int64), torch.ones(3, 2, dtype=torch.bool)
+    for estimator in ("rloo", "grpo", "reinforce"):
+        assert not without_critic(torch.full((3,), 0.1), groups=groups, mask=mask, estimator=estimator).any()
+
+
+def test_a_prompt_with_one_response_has_nothing_to_compare():
+    groups, mask = torch.tensor([0, 0, 1]), torch.ones(3, 2, dtype=torch.bool)
+    for estimator in ("rloo", "grpo"):
+        with pytest.raises(ValueError, match="only one"):
+            without_critic(torch.zeros(3), groups=groups, mask=mask, estimator=estimator)
+    with pytest.raises(ValueError, match="unknown advantage estimator"):
+        without_critic(torch.zeros(3), groups=groups, mask=mask, estimator="vine")
+    with pytest.raises(ValueError, match="groups must be int64"):
+        without_critic(torch.zeros(3), groups=groups.float(), mask=mask, estimator="rloo")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from op_batches import Batch, batches, close, garbage_values
 from torch import Tensor
 
-from configs.algorithm import APAConfig, PPOConfig
-from learner.ops import apa, ppo, value
+from configs.algorithm import A2CConfig, APAConfig, AWRConfig, CorrectionConfig, PPOConfig
+from learner.ops import a2c, apa, awr, kl, off_policy, ppo, value
 from learner.ops.advantages import gae, normalize
 from learner.ops.aggregate import AggregationMode, token_weights
 from learner.ops.rewards import per_token_rewards
@@ -42,13 +42,48 @@ def apa_loss(batch: Batch, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     )
 
 
+def awr_loss(batch: Batch, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return awr.loss(
+        batch.logprobs,
+        old_logprobs=batch.old_logprobs,
+        ref_logprobs=batch.ref_logprobs,
+        advantages=batch.advantages,
+        weights=weights,
+        settings=AWRConfig(max_weight=2.0),
+    )
+
+
+def a2c_loss(batch: Batch, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return a2c.loss(
+        batch.logprobs,
+        old_logprobs=batch.old_logprobs,
+        ref_logprobs=batch.ref_logprobs,
+        advantages=batch.advantages,
+        weights=weights,
+        settings=A2CConfig(),
+    )
+
+
+def kl_loss(batch: Batch, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return kl.penalty(batch.logprobs, ref_logprobs=batch.ref_logprobs, weights=weights, estimator="k2"), {}
+
+
+def corrected_loss(batch: Batch, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO with what the engine sampled taken for the reference's log-probs, and corrected for it."""
+    rows = [getattr(batch, name) for name in ("old_logprobs", "ref_logprobs", "mask")]
+    old, behavior, mask = [x[None] for x in rows] if batch.mask.ndim == 1 else rows
+    settings = CorrectionConfig(weight="icepop", low=0.9, high=1.1)
+    corrections = off_policy.importance_weights(old, behavior, mask=mask, settings=settings).view_as(batch.mask)
+    return ppo_loss(batch, weights * corrections)
+
+
 def value_loss(batch: Batch, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return value.loss(
         batch.values, old_values=batch.old_values, returns=batch.advantages, weights=weights, value_clip=0.2
     )
 
 
-LOSSES = [ppo_loss, apa_loss, value_loss]
+LOSSES = [ppo_loss, apa_loss, awr_loss, a2c_loss, kl_loss, corrected_loss, value_loss]
 
 
 def weigh(mask: Tensor, mode: AggregationMode, whole: Batch) -> Tensor:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_batches import Batch, batches, close, t64
+from op_batches import Batch, batches, close, make_batch, t64
 
 from configs.algorithm import KLControllerConfig
 from learner.ops import kl
+from learner.ops.aggregate import token_weights
 from learner.ops.kl import AdaptiveKLController, FixedKLController, SequenceKL
 
 ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
@@ -82,6 +83,68 @@ def test_estimates_equal_a_slow_computation_with_the_exponent_clamped(logprob: f
 def test_i5_every_estimate_is_zero_at_the_reference(logprobs: list[float]):
     for estimator in ESTIMATORS.values():
         assert (estimator(t64(logprobs), t64(logprobs)) == 0).all()
+
+
+def test_v1_the_exact_kl_and_its_gradient(vectors):
+    v = vectors["V1_kl"]
+    logits = t64(v["pi"]).log().requires_grad_()
+    found = kl.exact(logits, t64(v["ref"]).log())
+    found.backward()
+    close(found, v["exact_KL_pi_ref"])
+    close(kl.exact(t64(v["ref"]).log(), logits), v["exact_KL_ref_pi"])
+    close(logits.grad, vectors["V1c_kl_grads"]["exact_grad_KL_pi_ref"])
+    far = vectors["V1b_kl_far"]
+    close(kl.exact(t64(far["pi"]).log(), t64(far["ref"]).log()), far["exact_KL"])
+
+
+@given(batches(), st.floats(0.3, 2))
+def test_the_exact_kl_equals_a_slow_loop_at_any_temperature(batch: Batch, temperature: float):
+    """Rows of a random batch stand for the logits of states."""
+    mine, theirs = (torch.where(batch.mask, x, 0.0) for x in (batch.logprobs, batch.ref_logprobs))
+    found = kl.exact(mine, theirs, temperature=temperature)
+    for row in range(len(mine)):
+        p, q = ([math.exp(x / temperature) for x in logits[row].tolist()] for logits in (mine, theirs))
+        p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+        close(found[row], sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    close(kl.exact(mine, mine + 3.0), torch.zeros(len(mine)))
+
+
+def test_a_token_that_the_policy_cannot_produce_costs_nothing():
+    close(kl.exact(t64([0.0, -math.inf]), t64([0.0, 0.0])), math.log(2))
+    close(kl.exact(t64([0.0, -math.inf]), t64([0.0, -math.inf])), 0.0)
+
+
+@pytest.mark.parametrize("name", ["k2", "k3"])
+@given(batch=batches())
+def test_the_penalty_of_a_loss_equals_a_slow_loop(name: str, batch: Batch):
+    num_tokens = int(batch.mask.sum())
+    expected, slopes = 0.0, torch.zeros_like(batch.logprobs)
+    for row, t in batch.mask.nonzero().tolist():
+        lr = (batch.logprobs[row, t] - batch.ref_logprobs[row, t]).item()
+        expected += (lr * lr / 2 if name == "k2" else math.exp(-lr) - 1 + lr) / num_tokens
+        slopes[row, t] = (lr if name == "k2" else 1 - math.exp(-lr)) / num_tokens
+    logprobs, ref = batch.logprobs.clone().requires_grad_(), batch.ref_logprobs.clone().requires_grad_()
+    weights = token_weights(batch.mask, mode="token_mean", dtype=torch.float64)
+    found = kl.penalty(logprobs, ref_logprobs=ref, weights=weights, estimator=name)
+    found.backward()
+    close(found, expected)
+    close(logprobs.grad, slopes)
+    assert ref.grad is None
+
+
+def test_gradcheck_of_the_penalty():
+    batch = make_batch([3, 1, 4], seed=4)
+    weights = token_weights(batch.mask, mode="seq_mean_token_sum", dtype=torch.float64)
+    for name in ("k2", "k3"):
+        assert torch.autograd.gradcheck(
+            lambda x, name=name: kl.penalty(x, ref_logprobs=batch.ref_logprobs, weights=weights, estimator=name),
+            batch.logprobs.clone().requires_grad_(),
+        )
+
+
+def test_k1_is_no_loss():
+    with pytest.raises(ValueError, match="expected gradient of zero"):
+        kl.penalty(t64([0.0]), ref_logprobs=t64([0.0]), weights=t64([1.0]), estimator="k1")
 
 
 def test_clamped_exponents_are_counted():
