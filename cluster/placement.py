@@ -112,8 +112,11 @@ class Places:
 
     def granted(self, index: int) -> bool:
         """Say whether a place is on a node that Ray takes for alive."""
-        group, _ = self._places[index]
-        return placement_group_table(group)["state"] == "CREATED"
+        group, bundle = self._places[index]
+        found = placement_group_table(group)
+        # While Ray seeks a node for one place of a group, the others have theirs.
+        moving = found["state"] == "RESCHEDULING"
+        return found["state"] == "CREATED" or (moving and bool(found["bundles_to_node_id"][bundle]))
 
     def another(self) -> int | None:
         """Have one more place, if the cluster has room; else see to it that one is asked for. Waits for nothing."""
