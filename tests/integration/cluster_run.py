@@ -34,6 +34,8 @@ head = {"num_cpus": 4, "resources": nodes[0], "include_dashboard": False,
         "dashboard_agent_listen_port": free_port(), "_system_config": {"max_direct_call_object_size": 0}}
 cluster = Cluster(initialize_head=True, head_node_args=head)
 added = [add(**resources) for resources in nodes[1:]]
+# For a node that cleans up by itself Ray handles a signal, which it may not in a thread. Later ones end with the head.
+cluster._shutdown_at_exit = False
 config = load("quickstart", [*overrides, f"cluster.address={cluster.address}"])
 if meanwhile:
     threading.Thread(target=lambda: exec(meanwhile, globals()), daemon=True).start()
