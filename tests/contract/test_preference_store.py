@@ -415,7 +415,7 @@ def test_a_server_that_does_not_answer_is_named_without_its_password() -> None:
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     path.write_text("something else" * 1000)
-    with pytest.raises(UserError, match="cannot be opened"):
+    with pytest.raises(UserError, match="is damaged: file is not a database"):
         PreferenceStore.open(f"sqlite:///{path}")
 
 

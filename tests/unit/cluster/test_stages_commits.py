@@ -37,6 +37,26 @@ class Learner:
         (directory / "updates").write_text(str(self.updates))
 
 
+class Crew:
+    """Has a learner, and nobody else."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+
+    @property
+    def updates(self) -> int:
+        return self.learner.updates
+
+    def holds(self, version: int) -> None:
+        """Take note of nothing."""
+
+    def stop_learner(self) -> None:
+        """Stop nothing."""
+
+    def release(self) -> None:
+        """Release nothing."""
+
+
 class Run:
     """The stages of a run of which nothing but its learner and its files is needed."""
 
@@ -45,9 +65,7 @@ class Run:
         self.directory: RunDirectory = claim(self.config)
         self.learner = Learner()
         self.said: list[str] = []
-        crew = SimpleNamespace(
-            learner=self.learner, holds=lambda version: None, stop_learner=lambda: None, release=lambda: None
-        )
+        crew = Crew(self.learner)
         prompts = SimpleNamespace(
             stream=lambda: SimpleNamespace(state_dict=lambda: {"taken": self.learner.updates}), rewind=lambda: None
         )

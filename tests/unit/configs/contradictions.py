@@ -108,7 +108,7 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("learner.policy_optimizer.betas=[0.9]",), "betas"),
     (("learner.policy_optimizer.learning_rate=0",), "learning_rate"),
     (("learner.reward_model.heldout_fraction=0",), "heldout_fraction"),
-    (("learner.reward_model.loss=plackett_luce",), "plackett_luce has no pairs"),
+    (("learner.reward_model.loss=plackett_luce", "learner.reward_model.margin=small"), "plackett_luce has no pairs"),
     (("learner.reward_model.margin=huge",), "learner.reward_model.margin"),
     (("learner.sft.heldout_fraction=1.0",), "heldout_fraction"),
     (("scoring.rewards=[]",), "scoring.rewards is empty"),
