@@ -43,7 +43,7 @@ def _digest(value: Any) -> str:
 
 
 def _files(folder: Path, pattern: str = "*.safetensors") -> dict[str, str]:
-    found = sorted(folder.rglob(pattern))
+    found = sorted(path for path in folder.rglob(pattern) if path.is_file())
     return {str(path.relative_to(folder.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 

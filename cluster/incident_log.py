@@ -21,6 +21,7 @@ class IncidentLog:
     def __init__(self, directory: Path, *, say: Callable[[str], None]) -> None:
         self._directory = directory
         self._say = say
+        self._known = self._files()
         self.state = RunState()
         """Where the run stands."""
 
@@ -33,19 +34,32 @@ class IncidentLog:
         state = self.state
         placed = replace(incident, round=state.round, iteration=state.iteration, policy_version=state.policy_version)
         try:
-            where = _place(write(self._directory, placed))
+            path = write(self._directory, placed)
+            self._known |= {_identity(path)}
+            where = _place(path)
         except (OSError, StorageError) as error:
             # The disk may be the very thing that is wrong; what happened is said all the same.
             where = f"no record of it could be written: {error}; cause: {placed.cause}"
         self._tell(placed.what, placed.action, where)
 
-    def kept(self, path: Path) -> None:
-        """Say that a worker has kept an incident of its own."""
-        record = json.loads(path.read_text(encoding="utf-8"))
-        self._tell(record["what"], record["action"], _place(path))
+    def look(self) -> None:
+        """Say what workers have kept by themselves since the last look: refused batches, skipped steps, rewards."""
+        found = self._files()
+        for path, _ in sorted(found - self._known):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            self._tell(record["what"], record["action"], _place(path))
+        self._known = found
+
+    def _files(self) -> set[tuple[Path, int]]:
+        return {_identity(path) for path in self._directory.glob("*.json")}
 
     def _tell(self, what: str, action: str, where: str) -> None:
         self._say(f"incident: {what}; {action} ({where})")
+
+
+def _identity(path: Path) -> tuple[Path, int]:
+    """Tell a file from one that takes its name later: a repeated iteration may fail again."""
+    return path, path.stat().st_mtime_ns
 
 
 def _place(path: Path) -> str:

@@ -47,7 +47,6 @@ from protocol import tokens
 from protocol.errors import LearnerLostError, UserError, WorkersLostError
 from protocol.files import write_json, writing
 from reward_service.preferences.store import PreferenceStore
-from reward_service.scoring import RewardError
 
 _LOG = logging.getLogger(__name__)
 
@@ -112,10 +111,6 @@ def _run(
                 raise
             except Stopped:
                 _save_what_stands(stages)
-                raise
-            except RewardError as error:
-                if error.incident is not None:
-                    stages.incidents.kept(Path(error.incident))
                 raise
             finally:
                 injector.stop()

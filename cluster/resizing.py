@@ -8,7 +8,7 @@ from configs.run import RunConfig
 _SHAPE = ("learner.workers", "learner.zero_stage")
 
 
-def new_run_command(root: Path, config: RunConfig, differing: list[str]) -> str | None:
+def way_on(root: Path, config: RunConfig, differing: list[str]) -> str | None:
     """Say how to go on with what a run has learned, on a learner of another size.
 
     The run's newest exported policy becomes version 0 of the new run as it is; the KL penalty keeps the run's own
@@ -20,7 +20,7 @@ def new_run_command(root: Path, config: RunConfig, differing: list[str]) -> str 
         differing: What differs from the run's, as `run_directory.differences` says it.
 
     Returns:
-        The command; None if the learner's size is not what differs, or the run has exported no policy.
+        A next step with the command; None if the learner's size is not what differs, or the run has exported no policy.
     """
     if not any(line.startswith(tuple(f"{key} was " for key in _SHAPE)) for line in differing):
         return None
@@ -39,6 +39,7 @@ def new_run_command(root: Path, config: RunConfig, differing: list[str]) -> str 
     }
     if config.models.reference == "sft":
         settings["models.reference"] = str(root / "policies" / "v000")
-    return shlex.join(
+    command = shlex.join(
         ["rondo", "train", str(root / "config.yaml"), *(f"{key}={value}" for key, value in settings.items())]
     )
+    return f"start a new run from this one's newest policy, on a learner of the new size, with `{command}`"

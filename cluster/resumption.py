@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cluster import checkpoint
 from cluster.checkpoint import Checkpoint
-from cluster.resizing import new_run_command
+from cluster.resizing import way_on
 from cluster.run_directory import differences
 from configs.load import ConfigError, config_hash, dump
 from configs.run import RunConfig
@@ -36,10 +36,7 @@ def newest(root: Path, config: RunConfig) -> Checkpoint | None:
         return None
     differing = config_differences(found, config)
     if differing:
-        command = new_run_command(root.parent, config, differing)
-        another = "start a run of another name with the new one"
-        if command is not None:
-            another = f"start a new run from this one's newest policy, on a learner of the new size, with `{command}`"
+        another = way_on(root.parent, config, differing) or "start a run of another name with the new one"
         raise UserError(
             f"the checkpoint is of another configuration: {'; '.join(differing[:4])}",
             where=str(found.directory),

@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.resizing import new_run_command
+from cluster.resizing import way_on
 from configs.load import ConfigError, config_hash, dump, load
 from configs.run import RunConfig
 from protocol.errors import StorageError, UserError
@@ -180,17 +180,12 @@ def check_same(directory: RunDirectory, config: RunConfig) -> None:
     except ConfigError as error:
         raise UserError(f"the configuration of the run that is there cannot be read: {error}") from None
     if differing:
-        command = new_run_command(directory.root, config, differing)
-        another = "give the new run another name with run.name=NAME" if command is None else _anew(command)
+        another = way_on(directory.root, config, differing) or "give the new run another name with run.name=NAME"
         raise UserError(
             f"the directory holds a run with another configuration: {'; '.join(differing[:4])}",
             where=str(directory.root),
             next_step=f"{another}, or continue the old one with `rondo resume {directory.root}`",
         )
-
-
-def _anew(command: str) -> str:
-    return f"start a new run from this one's newest policy, on a learner of the new size, with `{command}`"
 
 
 def differences(stored: Path, config: RunConfig) -> list[str]:

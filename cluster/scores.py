@@ -17,7 +17,6 @@ from configs.run import RunConfig
 from protocol.files import write_json
 from protocol.messages import Rollout
 from protocol.roles import Finished
-from protocol.tokens import load_tokenizer
 
 
 class Scores:
@@ -103,8 +102,7 @@ class Scores:
     def _anchors(self) -> list[Rollout]:
         """Have the responses whose scores are the zero and the unit: demonstrations, or samples of the reference."""
         if self._config.scoring.calibration_anchor == "demonstrations":
-            tokenizer = load_tokenizer(self._directory.policy(0))
-            return calibration.demonstrated(self._config, tokenizer, iteration=CALIBRATION)
+            return calibration.demonstrated(self._config, self._prompts.tokenizer(), iteration=CALIBRATION)
         rollouts = self._crew.sampling(0)
         training = self._prompts.training()
         count = min(self._config.scoring.calibration_responses, len(training))

@@ -42,7 +42,8 @@ _LOG = logging.getLogger(__name__)
 _AGAIN_S = 30.0
 """Between two attempts at a checkpoint that the run cannot do without."""
 _LAST_COMMIT_S = 20.0
-"""For a commit that is under way when the run ends for another reason; less than the grace that a signal leaves."""
+"""For a commit that is under way when the run ends for another reason; less than the grace that a signal
+leaves by default (`cluster.deadlines.grace_s`), which ends the process whatever is under way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +261,7 @@ class RunStages:
         standstill = self._stands(state)
         if schedule.checkpoint_is_due(state, self.config):
             self._commit(standstill)
+        self.incidents.look()
         self.incidents.at(state)
         if STOPPING.asked:
             raise Stopped
@@ -314,6 +316,7 @@ class RunStages:
             self.crew.release()
         finally:
             self._committer.close(wait_s=_LAST_COMMIT_S)
+            self.incidents.look()
 
     def _stands(self, state: RunState) -> _Standstill:
         prompts = self._prompts.stream().state_dict()

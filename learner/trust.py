@@ -6,19 +6,25 @@ In synchronous runs both are the same weights, so every w is one but for roundin
 another distribution show here before anything is learned from them. Source: algorithms.md 18.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from configs.learner import BatchGuardsConfig
 from learner.experience import ResponseBatch
+from learner.ops import off_policy
 from protocol import metrics as names
 from protocol.errors import UntrustedBatchError
 from protocol.incidents import Incident
 from protocol.messages import ScoredBatch
 
-_CLAMP_NATS = 20.0
+_FIGURES = {
+    names.SYNC_LOGPROB_GAP: "gap_max",
+    names.SYNC_LOGPROB_GAP_MEAN: "gap_mean",
+    names.SYNC_RATIO_MAX: "ratio_max",
+    names.SYNC_RATIO_P999: "ratio_p999",
+    names.SYNC_ESS_FRACTION: "ess",
+    names.SYNC_K3_LAG0: "k3_mean",
+}
 
 
 def require_version(batch: ScoredBatch) -> None:
@@ -49,13 +55,9 @@ def gap_metrics(responses: ResponseBatch, old_logprobs: Tensor) -> dict[str, flo
     here = responses.on_policy
     if not here.any():
         return {}
-    gaps = (old_logprobs - responses.behavior_logprobs)[here].double()
-    weights = gaps.clamp(-_CLAMP_NATS, _CLAMP_NATS).exp()
-    tail = weights.kthvalue(math.ceil(0.999 * len(weights))).values
-    ess = weights.sum().square() / (len(weights) * weights.square().sum())
-    numbers = torch.stack([gaps.abs().max(), gaps.abs().mean(), weights.max(), tail, ess]).tolist()
-    keys = (names.SYNC_LOGPROB_GAP, names.SYNC_LOGPROB_GAP_MEAN, names.SYNC_RATIO_MAX, names.SYNC_RATIO_P999)
-    return dict(zip((*keys, names.SYNC_ESS_FRACTION), numbers, strict=True))
+    found = off_policy.mismatch(old_logprobs, responses.behavior_logprobs, mask=here)
+    numbers = torch.stack([found[figure] for figure in _FIGURES.values()]).tolist()
+    return dict(zip(_FIGURES, numbers, strict=True))
 
 
 def require_trust(

@@ -142,7 +142,7 @@ class Updater:
         for engine in self.engines.values():
             engine.require_finite_parameters()
         if rehearsal is not None and (summary := rehearsal.log.reduce()) is not None:
-            metrics |= {names.POLICY_PTX_NLL: summary.mean("nll") or 0.0}
+            metrics |= {} if (nll := summary.mean("nll")) is None else {names.POLICY_PTX_NLL: nll}
         logs = [policy.log] if critic is None else [policy.log, critic.log]
         metrics |= step_metrics(policy.log, None if critic is None else critic.log)
         if isinstance(algorithm, PPOConfig) and algorithm.max_approx_kl is not None:

@@ -69,7 +69,7 @@ def mismatch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, policy_ve
 
     Args:
         train: The batch.
-        algorithm: Its settings; without a correction, the sample size is that of the plain ratios.
+        algorithm: Its settings.
         policy_version: The version that learns.
 
     Returns:
@@ -77,19 +77,14 @@ def mismatch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, policy_ve
     """
     responses, old = train.responses, train.opinions.old_logprobs
     everywhere = torch.ones_like(responses.on_policy)
-    settings = algorithm.correction
-    if settings.weight == "none":
-        settings = settings.model_copy(update={"weight": "full"})
-    weights = off_policy.importance_weights(
-        responses.padded(old), responses.padded(responses.behavior_logprobs), mask=responses.mask, settings=settings
-    )[responses.mask]
+    weights, settings = None, algorithm.correction
+    if settings.weight != "none":
+        padded = (responses.padded(old), responses.padded(responses.behavior_logprobs))
+        weights = off_policy.importance_weights(*padded, mask=responses.mask, settings=settings)[responses.mask]
     found = off_policy.mismatch(old, responses.behavior_logprobs, mask=everywhere, weights=weights)
     metrics = {names.SYNC_K3: float(found["k3_mean"])}
-    if algorithm.correction.weight != "none":
+    if weights is not None:
         metrics[names.SYNC_CORRECTED] = float(found["changed_fraction"])
-    if responses.on_policy.any():
-        fresh = off_policy.mismatch(old, responses.behavior_logprobs, mask=responses.on_policy, weights=weights)
-        metrics[names.SYNC_K3_LAG0] = float(fresh["k3_mean"])
     lags = off_policy.lag_histogram(responses.versions, current=policy_version, mask=everywhere)
     return metrics | {f"{names.SYNC_LAG_PREFIX}{lag}": float(count) for lag, count in lags.items()}
 

@@ -7,12 +7,14 @@ normaliser stays that of all tokens: dividing by the tokens that are left would 
 PPO's ratio pi / pi_old it gives pi / mu, hence not with a ratio that is taken against mu already.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from configs.algorithm import CorrectionConfig
 from learner.ops.kl import MAX_EXPONENT, k3
-from learner.ops.masked import check_alike, check_mask, masked_mean
+from learner.ops.masked import check_alike, check_mask
 
 
 @torch.no_grad()
@@ -71,7 +73,9 @@ def importance_weights(
 
 
 @torch.no_grad()
-def mismatch(old_logprobs: Tensor, behavior_logprobs: Tensor, *, mask: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def mismatch(
+    old_logprobs: Tensor, behavior_logprobs: Tensor, *, mask: Tensor, weights: Tensor | None = None
+) -> dict[str, Tensor]:
     """Describe how far the policy that sampled is from the learner's.
 
         ess = (sum w)^2 / (n sum w^2)
@@ -79,25 +83,31 @@ def mismatch(old_logprobs: Tensor, behavior_logprobs: Tensor, *, mask: Tensor, w
     Args:
         old_logprobs: `[B, T]` or `[N]`, nats; the learner's, before the first step of this iteration.
         behavior_logprobs: The same shape, nats; the engine's.
-        mask: The same shape, bool; True at the tokens to describe.
-        weights: The same shape; w, from `importance_weights`.
+        mask: The same shape, bool; True at the tokens to describe, at least one.
+        weights: The same shape; w, from `importance_weights`. Without them w is the plain ratio.
 
     Returns:
-        `gap_mean` (mean |log pi_old - log mu|, nats), `k3_mean` (of KL(mu || pi_old), nats), `ratio_max`, `ess` (the
-        effective sample size of w, as a fraction) and `changed_fraction` (tokens whose w is not their ratio).
+        In float64: `gap_max` and `gap_mean` (of |log pi_old - log mu|, nats), `k3_mean` (of KL(mu || pi_old), nats),
+        `ratio_max`, `ratio_p999`, `ess` (the effective sample size of w, as a fraction) and `changed_fraction` (tokens
+        whose w is not their ratio).
 
     Raises:
-        ValueError: If shapes or dtypes differ, or if the mask keeps nothing.
+        ValueError: If shapes or dtypes differ.
     """
-    check_alike(old_logprobs=old_logprobs, behavior_logprobs=behavior_logprobs, weights=weights)
-    log_ratio = torch.where(mask, old_logprobs - behavior_logprobs, 0)
-    ratio = _exp(log_ratio)
+    check_alike(old_logprobs=old_logprobs, behavior_logprobs=behavior_logprobs)
+    check_mask(mask, old_logprobs.shape)
+    ratio = _exp(old_logprobs - behavior_logprobs)[mask]
+    gaps = (old_logprobs - behavior_logprobs)[mask].double()
+    precise = _exp(gaps)
+    w = precise if weights is None else weights[mask].double()
     return {
-        "gap_mean": masked_mean(log_ratio.abs(), mask),
-        "k3_mean": masked_mean(k3(-log_ratio, torch.zeros_like(log_ratio)), mask),
-        "ratio_max": torch.where(mask, ratio, 0).max(),
-        "ess": masked_mean(weights, mask).square() / masked_mean(weights.square(), mask).clamp(min=1e-30),
-        "changed_fraction": masked_mean((weights != ratio).to(ratio.dtype), mask),
+        "gap_max": gaps.abs().max(),
+        "gap_mean": gaps.abs().mean(),
+        "k3_mean": k3(-gaps, torch.zeros_like(gaps)).mean(),
+        "ratio_max": precise.max(),
+        "ratio_p999": precise.kthvalue(math.ceil(0.999 * len(precise))).values,
+        "ess": w.sum().square() / (len(w) * w.square().sum()).clamp(min=1e-30),
+        "changed_fraction": (w.to(ratio.dtype) != ratio).double().mean(),
     }
 
 

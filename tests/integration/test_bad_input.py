@@ -71,7 +71,7 @@ def test_a_model_directory_without_tokenizer(tmp_path: Path) -> None:
     assert "tokenizer" in message
 
 
-@pytest.mark.parametrize("kind", ["raises", "returns_nan"])
+@pytest.mark.parametrize("kind", ["raises", pytest.param("returns_nan", marks=pytest.mark.slow)])
 def test_a_failing_reward_names_the_prompt_and_keeps_the_batch(tmp_path: Path, kind: str) -> None:
     tiny_llama(tmp_path / "model")
     message = refused(

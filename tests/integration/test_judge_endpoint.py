@@ -6,10 +6,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
 
 import pytest
 
@@ -22,6 +19,8 @@ from reward_service.preferences.judge import Judge
 from reward_service.preferences.labelers import make_labeler
 from reward_service.preferences.labeling_protocol import InvalidLabelsError, label_chunks
 from reward_service.preferences.labeling_report import summarise_labels
+from tests import json_server
+from tests.json_server import Reply, Script
 from tests.label_tasks import honest, shown, task
 
 SECRET = "token-that-nobody-may-see"
@@ -29,20 +28,7 @@ LIMIT_S = 1.0
 """For what is meant to be too slow; everything else has ten seconds."""
 
 
-@dataclass
-class Reply:
-    """What the server sends back."""
-
-    status: int = 200
-    body: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
-    wait_s: float = 0.0
-    drip_s: float = 0.0
-    """Pause after each byte."""
-
-
-Script = Callable[[int, dict], Reply]
-"""(number of the request, from 1; its body) -> what to send."""
+serving = partial(json_server.serving, path="/v1")
 
 
 def says(content: object) -> Reply:
@@ -56,74 +42,6 @@ def works(number: int, body: dict) -> Reply:
 def error(status: int, message: str = "", **headers: str) -> Reply:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return Reply(status=status, body=json.dumps({"error": {"message": message}}).encode(), headers=named)
-
-
-class Server:
-    """An endpoint whose answers a test chooses."""
-
-    def __init__(self, script: Script) -> None:
-        self.requests: list[tuple[str, dict]] = []
-        self.tokens: list[str | None] = []
-        self.times: list[float] = []
-        self.busy = 0
-        self.most_busy = 0
-        self.stopped = threading.Event()
-        lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    outer.requests.append((self.path, body))
-                    outer.tokens.append(self.headers.get("Authorization"))
-                    outer.times.append(time.monotonic())
-                    number = len(outer.requests)
-                    outer.busy += 1
-                    outer.most_busy = max(outer.most_busy, outer.busy)
-                try:
-                    self.send(script(number, body))
-                finally:
-                    with lock:
-                        outer.busy -= 1
-
-            def send(self, reply: Reply) -> None:
-                outer.stopped.wait(reply.wait_s)
-                try:
-                    self.send_response(reply.status)
-                    for name, value in reply.headers.items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(reply.body)))
-                    self.end_headers()
-                    for start in range(0, len(reply.body), 1 if reply.drip_s else len(reply.body)):
-                        self.wfile.write(reply.body[start : start + 1] if reply.drip_s else reply.body)
-                        if outer.stopped.wait(reply.drip_s):
-                            return
-                except (BrokenPipeError, ConnectionResetError):
-                    self.close_connection = True  # the client has had enough, which is what some tests are about
-
-            def log_message(self, *args: object) -> None:
-                """Keep the test's output clean."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self.stopped.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-@contextmanager
-def serving(script: Script) -> Iterator[Server]:
-    server = Server(script)
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 def completer(url: str, **changes: object) -> EndpointCompleter:
@@ -166,10 +84,10 @@ def test_a_judge_that_works_labels_pairs_and_rankings() -> None:
     assert labels[5].outcome.ranking == (("c1",), ("c2",), ("c0",))
     assert summarise_labels(labels).flip_rate == 0
     assert len(server.requests) == 5 * 2 + 3 * 2
-    path, body = server.requests[0]
+    path, body = server.paths[0], server.requests[0]
     assert path == "/v1/chat/completions"
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("wise", 0, 77)
-    assert server.tokens[0] is None
+    assert "Authorization" not in server.headers[0]
 
 
 def test_answers_come_in_the_order_of_the_questions_however_long_each_takes() -> None:
@@ -387,7 +305,7 @@ def test_the_token_is_sent_and_shown_nowhere(monkeypatch: pytest.MonkeyPatch, ca
                 shown_to_people.append(repr(found))
             except UserError as refusal:
                 shown_to_people += [str(refusal), repr(refusal.__dict__)]
-        assert set(server.tokens) == {f"Bearer {SECRET}"}
+        assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {SECRET}"}
     assert "bad token [token]" in " ".join(shown_to_people)
     assert SECRET not in " ".join(shown_to_people) + caplog.text
 
@@ -444,7 +362,7 @@ def test_text_that_utf_8_cannot_say_is_sent_as_it_is() -> None:
     with serving(lambda number, body: says("fine")) as server:
         text = "half \ud83d of a pair, \x00 and \u202e"
         assert completer(server.url).complete([[{"role": "user", "content": text}]], max_tokens=8) == ["fine"]
-        assert server.requests[0][1]["messages"][0]["content"] == text
+        assert server.requests[0]["messages"][0]["content"] == text
 
 
 def test_one_response_that_breaks_the_server_spoils_its_own_task_alone() -> None:

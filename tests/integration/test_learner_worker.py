@@ -161,6 +161,7 @@ def broken_groups(iteration: int = 0) -> list[tuple[list[Any], Any, Any]]:
     return [(groups[0][0], ray.put(broken), groups[0][2]), *groups[1:]]
 
 
+@pytest.mark.slow
 def test_a_group_refuses_a_batch_as_one_and_a_rank_that_hangs_costs_a_measured_deadline(
     cluster: None, models: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -29,8 +29,9 @@ from reward_service.scoring import RewardError
 from tests.command_line import command
 from tests.integration.labeling_site import running_site
 from tests.integration.labeling_site import task as page_task
+from tests.json_server import Reply, serving
 from tests.label_tasks import task
-from tests.reward_server import Reply, batch, serving
+from tests.reward_batches import batch
 from tests.written_run import write_run
 
 PLANTED = {

@@ -21,7 +21,8 @@ from reward_service.endpoint import HTTPReward
 from reward_service.pinned import ForbiddenAddressError, PinnedTransport, look_up
 from reward_service.posting import MAX_ANSWER_BYTES
 from reward_service.scoring import RewardError
-from tests.reward_server import Reply, Script, batch, lengths, serving
+from tests.json_server import Reply, Script, serving
+from tests.reward_batches import batch, lengths
 
 SECRET = "token-that-nobody-may-see"
 

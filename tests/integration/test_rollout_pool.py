@@ -171,6 +171,7 @@ def test_a_worker_without_proof_is_fenced_refreshed_and_readmitted(
     assert len(list(pool.generate(make_requests(6), policy_version=1))) == 6
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_costs_a_measured_deadline_and_not_the_configured_one(
     pool: RolloutPool, model: Path, incidents: list[Incident]
 ) -> None:

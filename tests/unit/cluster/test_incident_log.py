@@ -1,11 +1,12 @@
 """Incidents are kept and said, and said also where they cannot be kept."""
 
 import json
+import os
 from pathlib import Path
 
 from cluster.incident_log import IncidentLog
 from cluster.schedule import Phase, RunState
-from protocol.incidents import Incident
+from protocol.incidents import Incident, write
 from tests.small_disk import files_no_longer_than
 
 INCIDENT = Incident(kind="checkpoint_failed", what="no room", where="here", cause="28 bytes", action="the run goes on")
@@ -37,3 +38,20 @@ def test_one_that_cannot_be_written_is_said_with_its_cause(tmp_path: Path) -> No
     assert line.startswith("incident: no room; the run goes on (no record of it could be written: ")
     assert "File too large" in line
     assert "28 bytes" in line
+
+
+def test_what_a_worker_keeps_is_said_once_and_again_only_when_it_happens_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = IncidentLog(tmp_path, say=said.append)
+    log.look()
+    assert said == []
+    path = write(tmp_path, INCIDENT, name="nonfinite-r001-i000003")
+    log.look()
+    log.look()
+    assert said == [f"incident: no room; the run goes on ({tmp_path.name}/{path.name})"]
+    log(INCIDENT)  # the driver's own is said at once
+    log.look()
+    assert len(said) == 2
+    os.utime(write(tmp_path, INCIDENT, name="nonfinite-r001-i000003"), ns=(0, 1))  # the iteration was repeated
+    log.look()
+    assert len(said) == 3

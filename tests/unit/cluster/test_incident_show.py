@@ -12,7 +12,7 @@ from protocol.incidents import Incident, write
 from reward_service.scoring import RewardError
 from reward_service.text_batch import batch_saved_on_failure
 from tests.command_line import assert_refused, command
-from tests.reward_server import batch
+from tests.reward_batches import batch
 
 HOSTILE = "\x1b]0;owned\x07 [bold]x[/bold] \u202egnp.exe \ud800 \x9b31m"
 
@@ -86,8 +86,12 @@ def test_what_is_no_incident_is_refused(tmp_path: Path) -> None:
 
 def test_an_incident_that_a_worker_kept_is_a_line_like_any_other(tmp_path: Path) -> None:
     said: list[str] = []
+    earlier = failed_reward(tmp_path / "incidents").rename(tmp_path / "incidents" / "earlier.json")
+    log = IncidentLog(tmp_path / "incidents", say=said.append)
     path = failed_reward(tmp_path / "incidents")
-    IncidentLog(tmp_path / "incidents", say=said.append).kept(path)
+    log.look()
+    log.look()
+    assert earlier.exists()  # and was said by the process before
     assert said == [
         "incident: reward tone failed on r2/i7/e#0: no luck; no score is made up: the run stops, and the same command "
         f"goes on from its last checkpoint (incidents/{path.name})"

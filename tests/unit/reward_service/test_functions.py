@@ -9,7 +9,7 @@ import pytest
 from protocol.errors import UserError
 from reward_service.functions import FunctionReward, import_function
 from reward_service.scoring import RewardError
-from tests.reward_server import batch
+from tests.reward_batches import batch
 
 HERE = "tests.unit.reward_service.test_functions"
 

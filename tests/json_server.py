@@ -1,4 +1,4 @@
-"""A reward endpoint on this machine whose answers a test chooses, and a batch to ask it about."""
+"""A server on this machine that takes and sends JSON, whose answers a test chooses."""
 
 import json
 import threading
@@ -8,22 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-
-from protocol.messages import RolloutKey
-from reward_service.text_batch import TextBatch
-
-
-def batch(size: int = 3) -> TextBatch:
-    """Make a batch whose n-th response has n letters."""
-    names = [chr(ord("a") + place) for place in range(size)]
-    return TextBatch(
-        keys=tuple(RolloutKey(2, 7, name, 0) for name in names),
-        prompts=tuple(f"{name}?" for name in names),
-        responses=tuple("xyz"[place % 3] * (place + 1) for place in range(size)),
-        finish_reasons=tuple("length" if place == 1 else "stop" for place in range(size)),
-        metadata=tuple({"tag": str(place + 1)} for place in range(size)),
-        policy_version=31,
-    )
 
 
 @dataclass
@@ -50,16 +34,17 @@ Script = Callable[[int, dict[str, Any]], Reply]
 """(number of the request, from 1; its body) -> what to send."""
 
 
-def lengths(number: int, body: dict[str, Any]) -> Reply:
-    """Score each response by its length."""
-    return Reply({"scores": [len(response) for response in body["responses"]]})
-
-
 class Server:
-    """An endpoint that keeps what it was asked."""
+    """An endpoint that keeps what it was asked.
 
-    def __init__(self, script: Script) -> None:
+    Args:
+        script: Says what to send.
+        path: Of its address.
+    """
+
+    def __init__(self, script: Script, *, path: str) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.paths: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.busy = 0
@@ -73,6 +58,7 @@ class Server:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
                     outer.requests.append(body)
+                    outer.paths.append(self.path)
                     outer.headers.append(dict(self.headers))
                     outer.times.append(time.monotonic())
                     number = len(outer.requests)
@@ -110,7 +96,7 @@ class Server:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.host = f"127.0.0.1:{self._server.server_port}"
-        self.url = f"http://{self.host}/score"
+        self.url = f"http://{self.host}{path}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
@@ -123,9 +109,9 @@ class Server:
 
 
 @contextmanager
-def serving(script: Script) -> Iterator[Server]:
+def serving(script: Script, *, path: str = "/score") -> Iterator[Server]:
     """Serve for as long as the block runs."""
-    server = Server(script)
+    server = Server(script, path=path)
     try:
         yield server
     finally:
