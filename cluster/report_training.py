@@ -44,6 +44,9 @@ def objective_section(record: Record) -> Section:
     figures.append(
         _figure(record, "KL from the reference", [("KL", names.OBJECTIVE_KL, False)], unit="nats", zero=True)
     )
+    if record.series(names.DPO_MARGIN):
+        likelihoods = [("better", names.DPO_CHOSEN_RATIO, False), ("worse", names.DPO_REJECTED_RATIO, True)]
+        figures.append(_figure(record, "Pairs: log-ratio to the reference", likelihoods, unit="nats", note=_PAIRS_NOTE))
     if record.series(names.HELDOUT_GAP):
         gap = [("score minus held-out score", names.HELDOUT_GAP, False)]
         figures.append(_figure(record, "Over-optimisation", gap, unit="score", note=_GAP_NOTE))
@@ -303,6 +306,10 @@ _SCORE_NOTE = (
 )
 _GAP_NOTE = (
     "A gap that grows says that the policy pleases the reward model in ways that an independent one does not see."
+)
+_PAIRS_NOTE = (
+    "The distance of the lines is the margin that DPO learns. Where the better responses fall below zero too, the "
+    "probability goes to responses that nobody has scored."
 )
 _GOLD_NOTE = "A trusted score that never reaches training."
 _GOLD_PROSE = (

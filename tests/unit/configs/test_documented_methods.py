@@ -1,0 +1,53 @@
+"""docs/methods.md: its commands are taken as they stand, and it names every method, every key and every metric."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from configs.algorithm import DPOConfig, RFTConfig
+from configs.load import load
+from protocol import metrics
+from tests.command_line import command
+
+TEXT = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
+COMMANDS = re.findall(r"^rondo (.+)$", TEXT, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_is_accepted_as_it_stands(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = command(*shlex.split(line), "--dry-run")
+    assert ended.code == 0, ended.err
+    name = re.search(r"algorithm\.name=(\w+)", line)
+    assert name is not None
+    assert f"algorithm {name[1]}," in ended.out
+
+
+def test_there_is_a_command_for_each_method_that_needs_more_than_its_name() -> None:
+    assert [line.split()[2] for line in COMMANDS] == ["algorithm.name=dpo", "algorithm.name=rft"]
+
+
+@pytest.mark.parametrize("name", ["ppo", "apa", "awr", "a2c", "dpo", "rft"])
+def test_every_method_has_its_line(name: str) -> None:
+    assert load("quickstart", [f"algorithm.name={name}", "rollout.samples_per_prompt=2"]).algorithm.name == name
+    assert re.search(rf"^\| `{name}` \| .+ \| .+ \| .+ \|$", TEXT, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("section", [DPOConfig, RFTConfig])
+def test_every_key_stands_with_its_default(section: type[DPOConfig | RFTConfig]) -> None:
+    part = TEXT.split(f"## `{section.model_fields['name'].default}`")[1].split("\n## ")[0]
+    rows = [line for line in part.splitlines() if line.startswith("| `")]
+    keys = [key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])]
+    defaults = [word.strip(" `") for row in rows for word in row.split("|")[2].split(",")]
+    fields = {key: info.default for key, info in section.model_fields.items() if key != "name"}
+    assert dict(zip(keys, defaults, strict=True)) == {key: f"{default:g}" if isinstance(default, float) else
+                                                      str(default) for key, default in fields.items()}  # fmt: skip
+
+
+def test_the_metrics_that_it_speaks_of_exist() -> None:
+    known = {value for name, value in vars(metrics).items() if name.isupper()}
+    spoken = set(re.findall(r"`((?:dpo|rft|objective)/\w+)`", TEXT))
+    assert len(spoken) > 8
+    assert spoken <= known
