@@ -407,3 +407,20 @@ def test_how_numbers_are_written() -> None:
         ("x.a.c", "[]"),
         ("x.d[0].e", "f"),
     ]
+
+
+def test_pairs_are_drawn_where_some_were_learned(finished: str, tmp_path: Path) -> None:
+    config = written_config(tmp_path, "algorithm.name=dpo", "rollout.samples_per_prompt=2")
+    directory = claim(config)
+    write_metrics(directory, num_rounds=1)
+    lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    for place, line in enumerate(lines):
+        # The margin grows while both sides fall; the third iteration had no pair.
+        pairs = {"dpo/margin_nats": 0.1 * place, "dpo/chosen_log_ratio_per_sequence": -0.2 * place}
+        line |= {} if place == 2 else pairs | {"dpo/rejected_log_ratio_per_sequence": -0.3 * place}
+    directory.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(directory, config, None).read_text(encoding="utf-8"))
+    [chart] = [svg["aria-label"] for svg in page.of("svg") if "Pairs" in (svg.get("aria-label") or "")]
+    assert "better" in chart
+    assert "-3.8" in chart.replace("−", "-")  # where the better responses end
+    assert "Pairs: log-ratio to the reference" not in finished
