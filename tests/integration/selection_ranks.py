@@ -33,7 +33,7 @@ ALGORITHMS = {
     "dpo": DPOConfig(minibatch_responses=6, num_epochs=2, dpo_beta=0.3),
     "rft": RFTConfig(minibatch_responses=5, num_epochs=2, memory_responses=4),
 }
-STAGES = (0, 2, 3)
+STAGES = (0, 3)
 
 
 def updates(policy: TrainingEngine, name: str) -> dict[str, Any]:

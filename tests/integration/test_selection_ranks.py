@@ -1,4 +1,4 @@
-"""DPO and RFT on one rank and on two, under ZeRO 0, 2 and 3, learn what plain PyTorch does (real DeepSpeed, gloo)."""
+"""DPO and RFT on one rank and on two, under ZeRO 0 and 3, learn what plain PyTorch does (real DeepSpeed, gloo)."""
 
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from tests.plain_engine import PlainEngine
 
 ROOT = Path(__file__).parents[2]
 WORLDS = (1, 2)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
