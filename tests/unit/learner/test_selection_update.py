@@ -15,7 +15,6 @@ from torch import Tensor
 from configs.algorithm import DPOConfig, RFTConfig, SelectionConfig
 from configs.learner import BatchGuardsConfig, LearnerConfig
 from learner import checkpoint
-from learner.selection_steps import even_minibatches
 from learner.selection_update import SelectionUpdater
 from protocol import metrics as names
 from protocol.errors import NonFiniteError, UntrustedBatchError
@@ -314,13 +313,3 @@ def test_a_step_whose_loss_overflows_is_skipped_where_that_is_allowed() -> None:
     assert (report.num_steps, report.num_skipped_steps) == (2, 1)
     assert report.metrics[names.POLICY_SKIPPED_STEPS] == 1
     assert all(math.isfinite(value) for name, value in report.metrics.items() if name != names.OBJECTIVE_KL)
-
-
-@pytest.mark.parametrize(("num", "most"), [(0, 4), (1, 4), (4, 4), (5, 4), (13, 4), (64, 16)])
-def test_minibatches_are_as_even_as_they_can_be(num: int, most: int) -> None:
-    parts = even_minibatches(num, most=most, seed=1)
-    assert sorted(index for part in parts for index in part) == list(range(num))
-    assert len(parts) == math.ceil(num / most)
-    sizes = {len(part) for part in parts}
-    assert not sizes or max(sizes) - min(sizes) <= 1
-    assert max(sizes, default=0) <= most
