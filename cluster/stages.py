@@ -231,7 +231,7 @@ class RunStages:
             self._sinks = self._open_sinks(self._standing_iterations(state))
         self._history = self._standing(state)
         return Roles(
-            rollouts=self.crew.rollouts,
+            rollouts=self._prompts.answered(self.crew.rollouts),
             scoring=scoring,
             learner=self.crew.learner,
             prompts=stream,

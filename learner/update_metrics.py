@@ -45,10 +45,12 @@ def batch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, kl_beta: flo
             opinions.entropies.double().mean(),
         ]
     ).tolist()
+    # Over responses that others wrote, the mean log-ratio to the reference is no estimate of the policy's KL.
+    recorded = responses.behavior_logprobs is not None
     metrics = {
         names.OBJECTIVE_SCORE: numbers[0],
         names.OBJECTIVE_REWARD: numbers[1],
-        names.OBJECTIVE_KL: train.kl.nats,
+        names.OBJECTIVE_KL if recorded else names.OBJECTIVE_LOG_RATIO: train.kl.nats,
         names.OBJECTIVE_KL_BETA: kl_beta,
         names.POLICY_ENTROPY: numbers[2],
         names.POLICY_ADVANTAGE_STD: train.advantage_std,
@@ -73,9 +75,11 @@ def mismatch_metrics(train: TrainBatch, *, algorithm: AlgorithmConfig, policy_ve
         policy_version: The version that learns.
 
     Returns:
-        Metric name -> number.
+        Metric name -> number; nothing where nobody recorded with what log-probs it sampled.
     """
     responses, old = train.responses, train.opinions.old_logprobs
+    if responses.behavior_logprobs is None:
+        return {}
     everywhere = torch.ones_like(responses.on_policy)
     weights, settings = None, algorithm.correction
     if settings.weight != "none":
