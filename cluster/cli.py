@@ -44,8 +44,8 @@ _ConfigArg = Annotated[str, typer.Argument(help="A YAML file, or a preset's name
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print batch arithmetic and placement; start nothing.")]
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Show the workers' own logs too.")]
 _FAULT_HELP = """Make something go wrong, to see what becomes of it: ROLE-INDEX:STATE:ACT[@ITERATION], such as
-rollout-0:serving:kill@3. Roles are rollout, reward, reference, learner; acts kill, stop, pause=SECONDS, slow=SECONDS,
-node."""
+rollout-0:serving:kill@3. Roles are rollout, reward, reference, learner, driver; acts kill, stop, raise, pause=SECONDS,
+slow=SECONDS, node."""
 _RunDir = Annotated[Path, typer.Argument(help="A run directory, such as runs/quickstart.", metavar="RUN")]
 _console = CONSOLE
 

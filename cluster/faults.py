@@ -4,12 +4,16 @@
 
 The first kills the process of rollout worker 0 while it samples in the iteration after three are done. `stop` halts a
 process as a hanging one would, `pause=SECONDS` halts it for a while only. `slow=SECONDS` gives it a fifth of the time
-for so long, as a neighbour that takes the rest would. `node` kills everything on the worker's node.
+for so long, as a neighbour that takes the rest would. `raise` makes what it is doing fail with an exception. `node`
+kills everything on the worker's node. `driver-0` is the process that the command itself runs in (kill, stop and raise
+only); its states are those of the workers.
 """
 
+import ctypes
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,17 +26,20 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.crew import Crew
-from cluster.pool import status_fields
+from cluster.pool import Member, status_fields
 from cluster.schedule import RunState
 from protocol.errors import UserError
 
 _FAULT = re.compile(
-    r"(?P<role>rollout|reward|reference|learner)-(?P<index>\d+):(?P<state>[a-z ]+)"
-    r":(?P<act>kill|stop|node|(pause|slow)=(?P<seconds>\d+(\.\d+)?))(@(?P<iteration>\d+))?"
+    r"(?P<role>rollout|reward|reference|learner|driver)-(?P<index>\d+):(?P<state>[a-z ]+)"
+    r":(?P<act>kill|stop|raise|node|(pause|slow)=(?P<seconds>\d+(\.\d+)?))(@(?P<iteration>\d+))?"
 )
+_OF_THE_DRIVER = ("kill", "stop", "raise")
 _POLL_S = 0.002
 _ANSWER_S = 5.0
 _START_S = 60.0
+_CONTROL_GROUP = "control"
+"""The concurrency group of every worker's `status`."""
 _RUNS_S, _HALTS_S = 0.05, 0.2
 """Of a slow worker, in turn."""
 
@@ -46,8 +53,10 @@ class Fault:
     index: int
     state: str
     """What the worker's status must say: idle, serving, publishing, scoring, update, save and so on."""
+    act: str
+    """kill, stop, raise, node, pause=SECONDS or slow=SECONDS."""
     signals: tuple[tuple[int, float], ...]
-    """Signals, each with the seconds to wait before it; none if its whole node is killed."""
+    """The signals that make the act, each with the seconds to wait before it; `raise` and `node` need none."""
     iteration: int | None
     """Not before so many iterations of a round are done."""
 
@@ -64,24 +73,31 @@ def parse(text: str) -> Fault:
             f"{text!r} is no fault",
             where="--fault",
             next_step="write ROLE-INDEX:STATE:ACT[@ITERATION], such as rollout-0:serving:kill@3; acts are kill, stop, "
-            "node, pause=SECONDS and slow=SECONDS",
+            "raise, node, pause=SECONDS and slow=SECONDS",
         )
-    if found["act"] == "kill":
-        signals: tuple[tuple[int, float], ...] = ((signal.SIGKILL, 0.0),)
-    elif found["act"] == "stop":
+    act = found["act"]
+    if found["role"] == "driver" and (act not in _OF_THE_DRIVER or found["index"] != "0"):
+        raise UserError(
+            f"{text!r} is no fault",
+            where="--fault",
+            next_step=f"there is one driver, driver-0, and its acts are {', '.join(_OF_THE_DRIVER)}",
+        )
+    signals: tuple[tuple[int, float], ...] = ()
+    if act == "kill":
+        signals = ((signal.SIGKILL, 0.0),)
+    elif act == "stop":
         signals = ((signal.SIGSTOP, 0.0),)
-    elif found["act"] == "node":
-        signals = ()
-    elif found["act"].startswith("slow"):
+    elif act.startswith("slow"):
         halts = max(1, round(float(found["seconds"]) / (_RUNS_S + _HALTS_S)))
         signals = ((signal.SIGSTOP, _RUNS_S), (signal.SIGCONT, _HALTS_S)) * halts
-    else:
+    elif act.startswith("pause"):
         signals = ((signal.SIGSTOP, 0.0), (signal.SIGCONT, float(found["seconds"])))
     return Fault(
         text=text,
         role=found["role"],
         index=int(found["index"]),
         state=found["state"],
+        act=act,
         signals=signals,
         iteration=None if found["iteration"] is None else int(found["iteration"]),
     )
@@ -127,21 +143,25 @@ class Injector:
         return fault.iteration is None or self._state().iteration >= fault.iteration
 
     def _happens(self, fault: Fault) -> bool:
+        if fault.role == "driver":
+            return self._happens_here(fault)
         workers = {member.index: member for member in self._crew.workers(fault.role)}
         if fault.index not in workers:
             return False
-        try:
-            status = ray.get(workers[fault.index].handle.status.remote(), timeout=_ANSWER_S)
-        except RayError:  # it is starting, or gone already
+        found = _status(workers[fault.index])
+        if found is None:
             return False
-        found = status_fields(status)
         hand = self._hand(found["node_id"])  # there before the state is: it may be over in an instant
         if found["state"] != fault.state:
             return False
-        if not fault.signals:
-            if hand is None:
-                self._say(f"fault: {fault.text} is left out: the driver is on that node")
-                return True
+        if fault.act == "raise":
+            raising = workers[fault.index].handle.__ray_call__.options(concurrency_group=_CONTROL_GROUP)
+            if not ray.get(raising.remote(fail), timeout=_ANSWER_S):
+                return False  # it was done a moment before
+        elif fault.act == "node" and hand is None:
+            self._say(f"fault: {fault.text} is left out: the driver is on that node")
+            return True
+        elif fault.act == "node":
             hand.kill_node.remote()
         for number, wait_s in fault.signals:
             sleep(wait_s)
@@ -150,6 +170,19 @@ class Injector:
             else:
                 ray.get(hand.send.remote(found["pid"], number), timeout=_ANSWER_S)
         self._say(f"fault: {fault.text} (process {found['pid']})")
+        return True
+
+    def _happens_here(self, fault: Fault) -> bool:
+        members = [
+            member for role in ("learner", "rollout", "reward", "reference") for member in self._crew.workers(role)
+        ]
+        if not any((found := _status(member)) and found["state"] == fault.state for member in members):
+            return False
+        self._say(f"fault: {fault.text} (process {os.getpid()})")  # while it can
+        if fault.act == "raise":
+            _raise_in(threading.main_thread().ident)
+        for number, _ in fault.signals:
+            os.kill(os.getpid(), number)
         return True
 
     def _hand(self, node_id: str) -> Any:
@@ -161,6 +194,39 @@ class Injector:
             self._hands[node_id] = _Hand.options(scheduling_strategy=there).remote()
             ray.get(self._hands[node_id].__ray_ready__.remote(), timeout=_START_S)
         return self._hands[node_id]
+
+
+def _status(member: Member) -> dict[str, Any] | None:
+    """Ask a worker what it is doing; None if it is starting, or gone already."""
+    try:
+        return status_fields(ray.get(member.handle.status.remote(), timeout=_ANSWER_S))
+    except RayError:
+        return None
+
+
+class InjectedError(RuntimeError):
+    """An exception on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__("an exception on purpose (--fault)")
+
+
+def fail(worker: Any) -> bool:
+    """Make what a worker is doing fail, from its thread for `status`; False if it is doing nothing."""
+    for thread, frame in sys._current_frames().items():
+        if thread == threading.get_ident():
+            continue
+        while frame is not None:
+            if frame.f_locals.get("self") is worker:
+                _raise_in(thread)
+                return True
+            frame = frame.f_back
+    return False
+
+
+def _raise_in(thread: int | None) -> None:
+    """Raise an InjectedError in another thread, as soon as it is back in Python."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread or 0), ctypes.py_object(InjectedError))
 
 
 @ray.remote(num_cpus=0, max_restarts=0)

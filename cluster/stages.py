@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import checkpoint, evaluation, guards, lineage, resumption, retention, schedule
+from cluster import checkpoint, evaluation, guards, lineage, resumption, retention, schedule, tracking
 from cluster.collection import Collection
 from cluster.committer import Committer
 from cluster.crew import Crew
@@ -30,7 +30,7 @@ from cluster.run_directory import RunDirectory
 from cluster.schedule import Phase, RunState
 from cluster.scores import Scores
 from cluster.stopping import STOPPING, Stopped
-from cluster.tracking import Sinks, read_lines
+from cluster.tracking import Sinks
 from configs.load import config_hash
 from configs.run import RunConfig
 from protocol import metrics as names
@@ -228,8 +228,10 @@ class RunStages:
         self.crew.publish(state.policy_version)
         self._stands(state)
         if self._sinks is None:
-            self._sinks = self._open_sinks(self._standing_iterations(state))
-        self._history = self._standing(state)
+            self._sinks = self._open_sinks(
+                tracking.standing_iterations(self.directory.metrics, round=state.round, iteration=state.iteration)
+            )
+        self._history = tracking.round_lines(self.directory.metrics, round=state.round, iterations=state.iteration)
         return Roles(
             rollouts=self._prompts.answered(self.crew.rollouts),
             scoring=scoring,
@@ -295,7 +297,7 @@ class RunStages:
         """Place the round's policy on the ladder, and keep the round's report."""
         best = self._ranking.rank(state) if self._prompts.held_out() else state.best_version
         state = schedule.promoted(state, best)
-        history = self._standing(state)
+        history = tracking.round_lines(self.directory.metrics, round=state.round, iterations=state.iteration)
         report = RoundReport(
             round=state.round,
             policy_version=state.policy_version,
@@ -343,20 +345,6 @@ class RunStages:
             if latest.driver["state"]["round"] == state.round:
                 self.crew.learner.load(latest.directory / "learner")
         return stream
-
-    def _standing(self, state: RunState) -> list[dict[str, float]]:
-        """Read the metrics of this round's iterations that stand."""
-        return [
-            metrics
-            for metrics in read_lines(self.directory.metrics)
-            if metrics[names.COUNTER_ROUND] == state.round and metrics[names.COUNTER_ITERATION] < state.iteration
-        ]
-
-    def _standing_iterations(self, state: RunState) -> int:
-        """Count the lines of metrics.jsonl that a resume does not repeat."""
-        here = (state.round, state.iteration)
-        places = [(m[names.COUNTER_ROUND], m[names.COUNTER_ITERATION]) for m in read_lines(self.directory.metrics)]
-        return sum(place < here for place in places)
 
     def _note_policy(
         self, version: int, *, round: int, parents: tuple[str, ...], data: dict[str, Any] | None = None

@@ -46,6 +46,27 @@ finally:
 """
 
 
+def cluster_command(
+    overrides: Sequence[str],
+    *,
+    nodes: Sequence[dict[str, float]],
+    faults: Sequence[str] = (),
+    meanwhile: str = "",
+) -> list[str]:
+    """Write down how the tiny run is trained on a cluster of its own.
+
+    Args:
+        overrides: Of its configuration.
+        nodes: The custom resources of every node, the head's first.
+        faults: What shall go wrong.
+        meanwhile: Code that runs in a thread; it knows `cluster`, `added` (the nodes but the head), `add` and `config`.
+
+    Returns:
+        The command; it must run at the root of the sources.
+    """
+    return [sys.executable, "-c", CODE, json.dumps([list(nodes), list(overrides), list(faults), meanwhile])]
+
+
 def run_on_cluster(
     directory: Path,
     *overrides: str,
@@ -54,22 +75,9 @@ def run_on_cluster(
     meanwhile: str = "",
     timeout_s: float = 600,
 ) -> subprocess.CompletedProcess[str]:
-    """Train the tiny run on a cluster of its own.
-
-    Args:
-        directory: Where the run is kept.
-        overrides: Of its configuration.
-        nodes: The custom resources of every node, the head's first.
-        faults: What shall go wrong.
-        meanwhile: Code that runs in a thread; it knows `cluster`, `added` (the nodes but the head), `add` and `config`.
-        timeout_s: How long all of it may take.
-
-    Returns:
-        The process.
-    """
-    arguments = json.dumps([nodes, tiny_overrides(directory, *overrides), faults, meanwhile])
+    """Train the tiny run on a cluster of its own, as `cluster_command` says, in a directory of its own."""
     return subprocess.run(
-        [sys.executable, "-c", CODE, arguments],
+        cluster_command(tiny_overrides(directory, *overrides), nodes=nodes, faults=faults, meanwhile=meanwhile),
         cwd=ROOT,
         capture_output=True,
         text=True,
