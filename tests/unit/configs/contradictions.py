@@ -165,6 +165,7 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("scoring.combine.knd=minimum",), "scoring.combine.knd: unknown key; did you mean kind?"),
     (("scoring.length.buffer_tokens=500",), "leaves no response free of charge"),
     ((_PPO, "algorithm.kl_controller.kind=adaptive", "algorithm.kl_beta=0"), "which is 0"),
+    ((_PPO, "algorithm.kl_controller.kind=doubling", "algorithm.kl_beta=0"), "which is 0"),
     (
         (_PPO, "algorithm.kl_controller={kind: adaptive, horizon_episodes: 10}", "algorithm.kl_beta=0.1"),
         "is too short",
