@@ -109,7 +109,7 @@ class RunConfig(Section):
         if (
             isinstance(algorithm, PenalizedBase)
             and algorithm.kl_beta > 0
-            and (algorithm.kl_in == "reward" or algorithm.kl_controller.kind == "adaptive")
+            and (algorithm.kl_in == "reward" or algorithm.kl_controller.kind != "fixed")
         ):
             raise ValueError(
                 f"{offline}: log-ratios at tokens that the policy did not sample are no estimate of its KL, so it can "

@@ -25,7 +25,7 @@ def rondo(*arguments: str) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=590,
+        timeout=900,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -38,7 +38,7 @@ def untimed(directory: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if not name.startswith(TIMED)} for line in lines]
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_awr_learns_from_a_fixed_set_and_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     pairs = list(preferences(seed=5, count=PAIRS))
     rows = [*pairs, {**pairs[0], "chosen": [{"role": "assistant", "content": "cup " * 99}]}]
@@ -102,7 +102,7 @@ def test_awr_learns_from_a_fixed_set_and_goes_on_in_the_middle_of_an_epoch(tmp_p
             process.send_signal(signal.SIGTERM)
             break
     rest = process.stdout.read()
-    assert process.wait(timeout=120) == 75, rest
+    assert process.wait(timeout=300) == 75, rest
     assert len(untimed(tmp_path / "again")) < 4
     rondo("resume", str(tmp_path / "again" / "tiny"))
     assert untimed(tmp_path / "again") == lines
