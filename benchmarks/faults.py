@@ -38,7 +38,7 @@ STATES = {
     "driver-0": ("serving", "scoring", "publish", "update", "save"),
 }
 """What each may be caught doing; the driver while a worker does it."""
-ACTS = ("kill", "stop", "raise", "slow=20")
+ACTS = ("kill", "stop", "raise", "slow=8")
 NODES = {
     "rollout-0": ("serving", "publishing"),
     "reward-0": ("scoring",),
@@ -102,6 +102,7 @@ def run(fault: str | None, *, directory: Path, log: Path) -> dict[str, Any]:
     return {
         "fault": fault,
         "returncodes": codes,
+        "happened": happened["fault"] is not None,
         "noticed_s": _between(happened["fault"], happened["noticed"]),
         "recovered_s": _between(happened["noticed"] or happened["fault"], happened["iteration"]),
         "outcome": outcome(directory / "tiny") if codes[-1] == 0 else None,
@@ -140,7 +141,7 @@ def watched(command: Sequence[str], log: Path, *, mode: str, since_start: bool =
             file.write(line)
             file.flush()
             now = time.monotonic()
-            if "fault: " in line and happened["fault"] is None:
+            if "fault: " in line and "(process " in line and happened["fault"] is None:
                 happened["fault"] = now
                 if "driver-0" in line and ":stop" in line:
                     threading.Timer(HALTED_S, process.send_signal, (signal.SIGCONT,)).start()
@@ -168,8 +169,18 @@ def judged(result: dict[str, Any], undisturbed: dict[str, Any]) -> dict[str, Any
     return result | {
         "same_tokens": same_tokens,
         "same_weights": found is not None and found["weights"] == expected["weights"],
-        "right": goes_on and same_tokens,
+        "right": goes_on and same_tokens and result["happened"] and _noticed_in_time(result),
     }
+
+
+def _noticed_in_time(result: dict[str, Any]) -> bool:
+    """Say whether a loss was noticed within its deadline; what is slow, or halted with the whole run, is no loss."""
+    who, _, act = result["fault"].split(":")
+    act = act.partition("@")[0]
+    if act.startswith("slow") or (who == "driver-0" and act == "stop"):
+        return True
+    bound_s = 2 * SILENCE_S if act == "stop" else SILENCE_S  # a busy machine, and Ray's 10 s to miss a node
+    return result["noticed_s"] is not None and result["noticed_s"] < bound_s
 
 
 def _ends_with(fault: str) -> int | None:

@@ -17,17 +17,18 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import sleep
+from functools import partial
 from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.crew import Crew
 from cluster.pool import Member, status_fields
 from cluster.schedule import RunState
+from cluster.supervision import cause_of, first_line
 from protocol.errors import UserError
 
 _FAULT = re.compile(
@@ -35,6 +36,20 @@ _FAULT = re.compile(
     r":(?P<act>kill|stop|raise|node|(pause|slow)=(?P<seconds>\d+(\.\d+)?))(@(?P<iteration>\d+))?"
 )
 _OF_THE_DRIVER = ("kill", "stop", "raise")
+_SCORING = ("idle", "scoring")
+_LEARNING = (
+    *("idle", "starting", "sft", "reward model", "start", "finish", "receive", "update", "publish", "broadcast"),
+    *("samples", "rollouts", "save", "load", "export"),
+)
+_ROLLOUT = ("idle", "serving", "publishing")
+STATES = {
+    "rollout": _ROLLOUT,
+    "reward": _SCORING,
+    "reference": _SCORING,
+    "learner": _LEARNING,
+    "driver": tuple(dict.fromkeys((*_ROLLOUT, *_SCORING, *_LEARNING))),
+}
+"""What the `status` of each kind of worker may say that it does."""
 _POLL_S = 0.002
 _ANSWER_S = 5.0
 _START_S = 60.0
@@ -81,6 +96,13 @@ def parse(text: str) -> Fault:
             f"{text!r} is no fault",
             where="--fault",
             next_step=f"there is one driver, driver-0, and its acts are {', '.join(_OF_THE_DRIVER)}",
+        )
+    states = STATES[found["role"]]
+    if found["state"] not in states:
+        raise UserError(
+            f"{text!r} is no fault: a {found['role']} worker is never {found['state']!r}",
+            where="--fault",
+            next_step=f"its states are {', '.join(states)}",
         )
     signals: tuple[tuple[int, float], ...] = ()
     if act == "kill":
@@ -130,14 +152,22 @@ class Injector:
             self._thread.start()
 
     def stop(self) -> None:
-        """Cease to watch."""
+        """Cease to watch, and name what has not happened."""
         self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=_ANSWER_S)
+        for fault in self._left:
+            self._say(f"fault: {fault.text} NEVER HAPPENED: there was no such worker, or it was never seen like that")
 
     def _run(self) -> None:
         while self._left and not self._ended.wait(_POLL_S):
             for fault in list(self._left):
-                if self._is_due(fault) and self._happens(fault):
-                    self._left.remove(fault)
+                try:
+                    if not self._is_due(fault) or not self._happens(fault):
+                        continue
+                except (RayError, OSError) as error:  # the supervision boundary: the other faults shall still happen
+                    self._say(f"fault: {fault.text} COULD NOT BE MADE: {type(error).__name__}: {first_line(error)}")
+                self._left.remove(fault)
 
     def _is_due(self, fault: Fault) -> bool:
         return fault.iteration is None or self._state().iteration >= fault.iteration
@@ -163,14 +193,25 @@ class Injector:
             return True
         elif fault.act == "node":
             hand.kill_node.remote()
-        for number, wait_s in fault.signals:
-            sleep(wait_s)
-            if hand is None:
-                os.kill(found["pid"], number)
-            else:
-                ray.get(hand.send.remote(found["pid"], number), timeout=_ANSWER_S)
-        self._say(f"fault: {fault.text} (process {found['pid']})")
+        lasting = len(fault.signals) > 1
+        if lasting:  # it is said when it begins: the run may end before it does
+            self._say(f"fault: {fault.text} (process {found['pid']})")
+        send = partial(os.kill, found["pid"]) if hand is None else partial(_send, hand, found["pid"])
+        self._signal(fault, send)
+        if not lasting:
+            self._say(f"fault: {fault.text} (process {found['pid']})")
         return True
+
+    def _signal(self, fault: Fault, send: Callable[[int], None]) -> None:
+        """Send a fault's signals, as long as the run and the process live."""
+        try:
+            for number, wait_s in fault.signals:
+                if self._ended.wait(wait_s) and number != signal.SIGCONT:
+                    return
+                send(number)
+        except ProcessLookupError:
+            if len(fault.signals) == 1:
+                raise  # else it has ended, or has been replaced, in the meantime
 
     def _happens_here(self, fault: Fault) -> bool:
         members = [
@@ -194,6 +235,13 @@ class Injector:
             self._hands[node_id] = _Hand.options(scheduling_strategy=there).remote()
             ray.get(self._hands[node_id].__ray_ready__.remote(), timeout=_START_S)
         return self._hands[node_id]
+
+
+def _send(hand: Any, pid: int, number: int) -> None:
+    try:
+        ray.get(hand.send.remote(pid, number), timeout=_ANSWER_S)
+    except RayTaskError as error:
+        raise cause_of(error) from None
 
 
 def _status(member: Member) -> dict[str, Any] | None:

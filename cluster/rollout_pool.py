@@ -17,6 +17,7 @@ from cluster.supervision import FAILURES, GONE, LATE, Handle, Watch, first_line,
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
 from protocol.errors import LearnerLostError, LostDataError, NoPlaceError
+from protocol.incidents import Incident
 from protocol.messages import Rollout, RolloutMeta, RolloutRequest
 from protocol.roles import Broadcast, Finished, Publication, RolloutRef, resolve
 from protocol.weights import VersionProof, WeightManifest
@@ -52,6 +53,7 @@ class RolloutPool:
             report=report,
         )
         self._elastic = None if follow is None else follow(self._pool)
+        self._report = report
         self._publication: Publication | None = None
 
     @property
@@ -202,6 +204,16 @@ class RolloutPool:
     def _refreshed(self, member: Member, publication: Publication, first: BaseException) -> VersionProof | None:
         """Load the version once more, and into a fresh process if it fails again."""
         if not isinstance(first, LATE):
+            self._report(
+                Incident(
+                    kind="worker_fenced",
+                    what=f"{member.name} could not prove version {publication.manifest.policy_version}: "
+                    f"{first_line(first)}",
+                    where=member.name,
+                    cause=str(first),
+                    action="it loads the version once more, and is replaced if that fails too",
+                )
+            )
             ref = self._load(member.handle, publication)  # what the learner fails at is not this worker's fault
             try:
                 return self._judged(member, ref, publication.manifest)

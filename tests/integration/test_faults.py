@@ -1,6 +1,7 @@
 """Workers that die or stop in the middle of a run: it goes on, and ends where the undisturbed run ends."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = ("rounds.iterations=5", "cluster.checkpoint_period_iterations=2", "cluster.deadlines.silence_s=20.0")
 
 
-def run(directory: Path, *faults: str) -> tuple[Path, str]:
-    options = [part for fault in faults for part in ("--fault", fault)]
+def run(directory: Path, *faults: str, never: Sequence[str] = ()) -> tuple[Path, str]:
+    options = [part for fault in (*faults, *never) for part in ("--fault", fault)]
     done = rondo("train", "quickstart", *options, *tiny_overrides(directory, *SETTINGS), timeout_s=500)
     assert done.returncode == 0, done.stderr + done.stdout
     for fault in faults:
-        assert f"fault: {fault}" in done.stdout  # it did happen
+        assert f"fault: {fault} (process " in done.stdout  # it did happen
+    for fault in never:
+        assert f"fault: {fault} NEVER HAPPENED" in done.stdout
     return directory / "tiny", done.stdout
 
 
@@ -79,7 +82,8 @@ def test_the_learner_goes_on_from_its_checkpoint_bit_for_bit(undisturbed: Path, 
 
 
 def test_a_short_pause_is_no_loss(undisturbed: Path, tmp_path: Path) -> None:
-    directory, _ = run(tmp_path, "rollout-0:serving:pause=4@1", "learner-0:update:pause=4@2")
+    pauses = ("rollout-0:serving:pause=4@1", "learner-0:update:pause=4@2")
+    directory, _ = run(tmp_path, *pauses, never=["rollout-7:serving:kill"])
     assert incidents_of(directory) == []
     assert figures(directory) == figures(undisturbed)
 

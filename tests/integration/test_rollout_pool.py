@@ -83,7 +83,7 @@ def pool(cluster: None, make: Callable[[int, str], Any], incidents: list[Inciden
 
 
 def test_a_worker_lost_while_serving_is_replaced_and_nothing_is_lost_or_doubled(
-    pool: RolloutPool, model: Path, caplog: pytest.LogCaptureFixture
+    pool: RolloutPool, model: Path, incidents: list[Incident], caplog: pytest.LogCaptureFixture
 ) -> None:
     pool.load(publication(model, 1))
     requests = make_requests(40)
@@ -147,7 +147,7 @@ def test_what_a_worker_without_a_place_owes_is_dealt_to_the_others(
 
 
 def test_a_worker_without_proof_is_fenced_refreshed_and_readmitted(
-    pool: RolloutPool, model: Path, caplog: pytest.LogCaptureFixture
+    pool: RolloutPool, model: Path, incidents: list[Incident], caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail_once(worker: Any) -> None:
         # The next load leaves one weight as it was, as a lost message would.
@@ -166,6 +166,7 @@ def test_a_worker_without_proof_is_fenced_refreshed_and_readmitted(
     with caplog.at_level(logging.WARNING):
         proofs = pool.load(publication(model, 1))
     assert "rollout-0 is fenced, it could not prove version 1" in caplog.text
+    assert [(incident.kind, incident.where) for incident in incidents] == [("worker_fenced", "rollout-0")]
     assert [proof.worker for proof in proofs] == ["rollout-0", "rollout-1"]
     assert all(proof.canary_gap_max < 1e-4 for proof in proofs)
     assert len(list(pool.generate(make_requests(6), policy_version=1))) == 6
