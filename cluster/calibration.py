@@ -1,8 +1,8 @@
 """The zero and the unit of every reward, fixed once on anchor responses and kept with the run.
 
 Clip, truncation penalty, kl_beta and apa_lambda are in units of the score, so a score must have some: mean 0 and
-standard deviation 1 on the anchor responses. These are samples of the reference policy (as in Ziegler et al. 2019) or
-demonstrations (as in Ouyang et al. 2022).
+standard deviation 1 on the anchor responses. These are samples of the reference policy (as in Ziegler et al. 2019),
+demonstrations (as in Ouyang et al. 2022), or the fixed set that is learned from (the z-score of offline APA).
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from learner.export import store_calibration
 from learner.supervised_loop import encode_pair
 from protocol.datasets import ReadReport, read_demonstrations
 from protocol.errors import UserError
-from protocol.messages import PolicyVersions, Prompt, Rollout, RolloutKey
+from protocol.messages import NOT_SAMPLED, Prompt, Rollout, RolloutKey
 from protocol.records import text_of
 from reward_service import scoring
 from reward_service.scoring import Calibration
@@ -30,8 +30,6 @@ _LOG = logging.getLogger(__name__)
 
 def demonstrated(config: RunConfig, tokenizer: Any, *, iteration: int) -> list[Rollout]:
     """Read the first demonstrations, as the scoring workers take responses.
-
-    Nobody sampled them: their behaviour log-probs are zeros that nothing reads.
 
     Args:
         config: The run's configuration; it has demonstrations.
@@ -63,9 +61,9 @@ def demonstrated(config: RunConfig, tokenizer: Any, *, iteration: int) -> list[R
                 key=RolloutKey(0, iteration, name, 0),
                 prompt=Prompt(prompt_id=name, token_ids=prompt_ids, text=text_of(record.prompt), source=record.prompt),
                 response_ids=response_ids,
-                behavior_logprobs=np.zeros(len(response_ids), np.float32),
+                behavior_logprobs=None,
                 finish_reason="stop",
-                policy_versions=PolicyVersions(0, 0),
+                policy_versions=NOT_SAMPLED,
                 worker="demonstrations",
             )
         )

@@ -69,10 +69,12 @@ def render(config: RunConfig) -> RenderableType:
         f"{r.weight:g} x {r.name} ({r.path if isinstance(r, ModelRewardConfig) else r.kind})"
         for r in config.scoring.rewards
     )
+    given = config.data.responses
     head = Text(
         f"run {config.run.name}, config {config_hash(config)}, algorithm {config.algorithm.name}, "
         f"seed {config.run.seed}, ZeRO-{config.learner.zero_stage} {config.learner.precision}\n"
         f"rewards ({config.scoring.combine.kind}): {rewards}"
+        + ("" if given is None else f"\nresponses: none are sampled to learn from; those of {given.source} are")
     )
     arithmetic = Table(title="Batch arithmetic", title_justify="left", show_header=False)
     arithmetic.add_column()

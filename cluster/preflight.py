@@ -7,6 +7,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from cluster import fixed_responses
 from cluster.prompts import encode_prompts
 from configs.data import SourceConfig
 from configs.run import RunConfig
@@ -52,6 +53,8 @@ def check(config: RunConfig) -> None:
                 records, tokenizer, max_tokens=config.rollout.max_prompt_tokens, overlong=data.overlong_prompts
             )
             seen[name] = {prompt.text for prompt in prompts}
+    if data.responses is not None and datasets.is_local(data.responses.source):
+        seen["data.responses"] = {prompt.text for prompt in fixed_responses.read(config, tokenizer).prompts}
     for name, source, read in (
         ("data.demonstrations", data.demonstrations, datasets.read_demonstrations),
         ("data.preferences", data.preferences, datasets.read_preferences),
@@ -97,7 +100,7 @@ def evaluation_count(config: RunConfig) -> int:
 
 def _sources(config: RunConfig) -> Iterator[SourceConfig]:
     data = config.data
-    for source in (data.prompts, data.eval_prompts, data.demonstrations, data.preferences):
+    for source in (data.prompts, data.eval_prompts, data.responses, data.demonstrations, data.preferences):
         if source is not None:
             yield source
 

@@ -3,13 +3,16 @@
 import logging
 from typing import Any
 
-from cluster import preflight
+from cluster import fixed_responses, preflight
+from cluster.fixed_responses import FixedPool, FixedResponses
 from cluster.prompts import PromptStream, encode_prompts
+from cluster.rollout_pool import put
 from cluster.run_directory import RunDirectory
 from configs.data import SourceConfig
 from configs.run import RunConfig
 from protocol import datasets, tokens
 from protocol.messages import Prompt
+from protocol.roles import RolloutPool
 
 _LOG = logging.getLogger(__name__)
 
@@ -23,6 +26,7 @@ class Prompts:
         self._tokenizer: Any = None
         self._training: list[Prompt] | None = None
         self._held_out: list[Prompt] | None = None
+        self._responses: FixedResponses | None = None
         self._stream: PromptStream | None = None
 
     def training(self) -> list[Prompt]:
@@ -39,10 +43,26 @@ class Prompts:
             self._held_out = [] if source is None else _encoded(source, self.tokenizer(), self._config, count=count)
         return self._held_out
 
+    def responses(self) -> FixedResponses:
+        """Return the fixed set of responses."""
+        if self._responses is None:
+            self._responses = fixed_responses.read(self._config, self.tokenizer())
+        return self._responses
+
+    def answered(self, workers: RolloutPool) -> RolloutPool:
+        """Say who answers the stream's prompts: the rollout workers, or the fixed set of responses."""
+        if self._config.rollout.source == "policy":
+            return workers
+        return FixedPool(self.responses(), workers, put=put, group_responses=self._config.scoring.group_responses)
+
     def stream(self) -> PromptStream:
         """Return the stream that the iterations take from."""
         if self._stream is None:
-            self._stream = PromptStream(self.training(), seed=self._config.run.seed)
+            seed = self._config.run.seed
+            if self._config.rollout.source == "data":
+                self._stream = PromptStream(self.responses().prompts, seed=seed, where="data.responses")
+            else:
+                self._stream = PromptStream(self.training(), seed=seed)
         return self._stream
 
     def rewind(self) -> None:

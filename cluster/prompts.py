@@ -13,10 +13,13 @@ from protocol.datasets import ReadReport
 from protocol.errors import UserError
 from protocol.messages import Prompt
 from protocol.records import PromptRecord, Text, text_of
+from protocol.roles import RolloutPool
 from protocol.tokens import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from cluster.fixed_responses import FixedResponses
 
 
 def encode_prompts(
@@ -71,17 +74,29 @@ def encode_prompts(
     return prompts, report
 
 
+def content_name(content: Text | list[Text]) -> str:
+    """Name something after what it says."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 class PromptStream:
     """Hands out prompts without end, each epoch in an order drawn from (seed, epoch).
 
     One `take` never holds a prompt twice, even where it ends one epoch and begins the next: the key of a response is
     made of its prompt's id, so two of them in one iteration would be the same response. Prompts that a take already
     holds wait until it is full and come next; every epoch stays a permutation.
+
+    Args:
+        prompts: What is handed out.
+        seed: Of the orders.
+        where: The configuration key that the prompts are from, for messages.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int, where: str = "data.prompts") -> None:
         self.prompts = tuple(prompts)
         self.seed = seed
+        self._where = where
         if not self.prompts:
             raise UserError("there are no prompts to stream")
         self._fingerprint = zlib.crc32("\n".join(prompt.prompt_id for prompt in self.prompts).encode())
@@ -127,7 +142,7 @@ class PromptStream:
         if changed:
             raise UserError(
                 f"the prompts are not those of the checkpoint ({', '.join(changed)} changed)",
-                where="data.prompts",
+                where=self._where,
                 next_step="resume with the same data and seed, or start a new run",
             )
         epoch, position, leading = state["epoch"], state["position"], state["leading"]
@@ -162,18 +177,13 @@ def _shuffled(length: int, seed: int, epoch: int) -> list[int]:
 
 
 def _unique_name(record: PromptRecord, names: dict[str, int], where: str) -> str:
-    name = _content_name(record.prompt) if record.record_id is None else record.record_id
+    name = content_name(record.prompt) if record.record_id is None else record.record_id
     names[name] = names.get(name, 0) + 1
     if names[name] == 1:
         return name
     if record.record_id is not None:
         raise UserError(f"the id {name!r} is used twice", where=where, next_step="give every prompt its own id")
     return f"{name}-{names[name]}"
-
-
-def _content_name(prompt: Text) -> str:
-    text = json.dumps(prompt, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _too_long(where: str, num_tokens: int, max_tokens: int) -> UserError:
@@ -193,6 +203,14 @@ class PromptSource(Protocol):
 
     def held_out(self) -> Sequence[Prompt]:
         """The prompts of evaluations."""
+        ...
+
+    def responses(self) -> "FixedResponses":
+        """The fixed set of responses, where the run learns from one."""
+        ...
+
+    def answered(self, workers: RolloutPool, /) -> RolloutPool:
+        """Say who answers the stream's prompts: the rollout workers, or a fixed set of responses."""
         ...
 
     def stream(self) -> PromptStream:

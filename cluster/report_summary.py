@@ -140,10 +140,12 @@ def _trained(record: Record) -> str:
     counts = sorted({config.rounds.of(number_).iterations for number_ in range(1, config.rounds.count + 1)})
     length = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     responses = plural(config.rollout.responses_per_iteration, "response")
+    given = config.data.responses
+    answers = f"to prompts from {_source(config.data.prompts)}" if given is None else f"of the set {_source(given)}"
     return (
         f"The policy began as {begun}{supervised}: that is v000, called SFT here. From it "
         f"{config.algorithm.name.upper()} optimises in {plural(config.rounds.count, 'round')} of {length} iterations, "
-        f"each with {responses} to prompts from {_source(config.data.prompts)}."
+        f"each with {responses} {answers}."
     )
 
 

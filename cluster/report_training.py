@@ -41,9 +41,12 @@ def objective_section(record: Record) -> Section:
     if record.series(_HELDOUT):
         scores.append(("held-out score", _HELDOUT, True))
     figures = [_figure(record, "Score", scores, unit="score", note=_SCORE_NOTE)]
-    figures.append(
-        _figure(record, "KL from the reference", [("KL", names.OBJECTIVE_KL, False)], unit="nats", zero=True)
-    )
+    prose = (_OBJECTIVE_PROSE, *_thinned(record))
+    if record.series(names.OBJECTIVE_KL):
+        kl = [("KL", names.OBJECTIVE_KL, False)]
+        figures.append(_figure(record, "KL from the reference", kl, unit="nats", zero=True))
+    else:
+        prose += (_OFFLINE_PROSE,)
     if record.series(names.DPO_MARGIN):
         likelihoods = [("better", names.DPO_CHOSEN_RATIO, False), ("worse", names.DPO_REJECTED_RATIO, True)]
         figures.append(_figure(record, "Pairs: log-ratio to the reference", likelihoods, unit="nats", note=_PAIRS_NOTE))
@@ -56,9 +59,7 @@ def objective_section(record: Record) -> Section:
         shown = [(name.removeprefix(names.GOLD_PREFIX), name, name != _GOLD) for name in gold[:4]]
         figures.append(_figure(record, "Gold score", shown, unit="gold", note=_GOLD_NOTE))
     table = _iterations_table(record)
-    return Section(
-        anchor=anchor, title=title, prose=(_OBJECTIVE_PROSE, *_thinned(record)), figures=tuple(figures), tables=(table,)
-    )
+    return Section(anchor=anchor, title=title, prose=prose, figures=tuple(figures), tables=(table,))
 
 
 def gold_section(record: Record) -> Section | None:
@@ -299,6 +300,10 @@ def _weighted(values: Sequence[float], weights: Sequence[int]) -> float:
 _OBJECTIVE_PROSE = (
     "What was optimised, iteration by iteration. Lines break where a round ends, because the next one may start from "
     "another policy and be scored by another reward model."
+)
+_OFFLINE_PROSE = (
+    "The policy learned from a fixed set of responses. The scores here are those of the set and do not move with the "
+    "policy; what the policy gained is in the evaluation."
 )
 _SCORE_NOTE = (
     "In standard deviations of the supervised policy's scores. The held-out score comes from a reward model that saw "

@@ -58,7 +58,7 @@ def _to_json(rollout: Rollout) -> dict[str, Any]:
         },
         "response_ids": rollout.response_ids.tolist(),
         # A float32 as Python's float and back is the same float32.
-        "behavior_logprobs": rollout.behavior_logprobs.tolist(),
+        "behavior_logprobs": None if rollout.behavior_logprobs is None else rollout.behavior_logprobs.tolist(),
         "finish_reason": rollout.finish_reason,
         "policy_versions": list(rollout.policy_versions),
         "worker": rollout.worker,
@@ -66,12 +66,12 @@ def _to_json(rollout: Rollout) -> dict[str, Any]:
 
 
 def _from_json(values: dict[str, Any]) -> Rollout:
-    prompt = values["prompt"]
+    prompt, recorded = values["prompt"], values["behavior_logprobs"]
     return Rollout(
         key=RolloutKey(*values["key"]),
         prompt=Prompt(**{**prompt, "token_ids": np.array(prompt["token_ids"], np.int32)}),
         response_ids=np.array(values["response_ids"], np.int32),
-        behavior_logprobs=np.array(values["behavior_logprobs"], np.float32),
+        behavior_logprobs=None if recorded is None else np.array(recorded, np.float32),
         finish_reason=values["finish_reason"],
         policy_versions=PolicyVersions(*values["policy_versions"]),
         worker=values["worker"],

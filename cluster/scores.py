@@ -100,14 +100,18 @@ class Scores:
         return found
 
     def _anchors(self) -> list[Rollout]:
-        """Have the responses whose scores are the zero and the unit: demonstrations, or samples of the reference."""
-        if self._config.scoring.calibration_anchor == "demonstrations":
+        """Have the responses whose scores are the zero and the unit: from data, or samples of the reference."""
+        anchor = self._config.scoring.calibration_anchor
+        if anchor == "demonstrations":
             return calibration.demonstrated(self._config, self._prompts.tokenizer(), iteration=CALIBRATION)
-        rollouts = self._crew.sampling(0)
-        training = self._prompts.training()
-        count = min(self._config.scoring.calibration_responses, len(training))
-        prompts = PromptStream(training, seed=self._config.run.seed + 1).take(count)
+        fixed = self._prompts.responses() if anchor == "responses" else None
+        all_prompts = self._prompts.training() if fixed is None else fixed.prompts
+        count = min(self._config.scoring.calibration_responses, len(all_prompts))
+        prompts = PromptStream(all_prompts, seed=self._config.run.seed + 1).take(count)
         requests = schedule.requests(prompts, self._config, round=0, iteration=CALIBRATION, samples=1)
+        if fixed is not None:
+            return [fixed.answer(request) for request in requests]
+        rollouts = self._crew.sampling(0)
         finished = {f.meta.key: f for f in rollouts.generate(requests, policy_version=0)}
         return rollouts.fetch([finished[request.key] for request in requests])
 

@@ -250,7 +250,7 @@ def summarise(
         The summary.
     """
     scores = {key: float(s) for part in rewards for key, s in zip(part.keys, part.scores, strict=True)}
-    kl = {key: float(nats) for part in references for key, nats in zip(part.keys, part.behavior_kl_nats, strict=True)}
+    kl = {key: nats for part in references for key, nats in part.behavior_kl_nats.items()}
     gold = {
         name: {key: float(g) for part in rewards for key, g in zip(part.keys, part.gold[name], strict=True)}
         for name in rewards[0].gold

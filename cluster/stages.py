@@ -233,7 +233,7 @@ class RunStages:
             )
         self._history = tracking.round_lines(self.directory.metrics, round=state.round, iterations=state.iteration)
         return Roles(
-            rollouts=self.crew.rollouts,
+            rollouts=self._prompts.answered(self.crew.rollouts),
             scoring=scoring,
             learner=self.crew.learner,
             prompts=stream,

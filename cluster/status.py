@@ -39,8 +39,9 @@ def describe(run: Path, config: RunConfig) -> RenderableType:
             Text(
                 f"last iteration: round {number}, {int(last[names.COUNTER_ITERATION]) + 1} of "
                 f"{config.rounds.of(number).iterations}, "
-                f"score {last[names.OBJECTIVE_SCORE]:+.3f}, KL {last[names.OBJECTIVE_KL]:.2f}, "
-                f"{last[names.TIME_ITERATION]:.2f} s"
+                f"score {last[names.OBJECTIVE_SCORE]:+.3f}, "
+                + (f"KL {last[names.OBJECTIVE_KL]:.2f}, " if names.OBJECTIVE_KL in last else "")
+                + f"{last[names.TIME_ITERATION]:.2f} s"
             )
         )
     checkpoints = committed(directory.checkpoints)

@@ -179,7 +179,7 @@ def line(report: IterationReport, *, num_iterations: int) -> str:
         f"score {m[names.OBJECTIVE_SCORE]:+.3f}",
         *([f"held-out {m[_HELDOUT]:+.3f}"] if _HELDOUT in m else []),
         *([] if gold is None else [f"gold {gold:+.3f}"]),
-        f"KL {m[names.OBJECTIVE_KL]:.2f}",
+        *([f"KL {m[names.OBJECTIVE_KL]:.2f}"] if names.OBJECTIVE_KL in m else []),
         f"tokens {m[names.ROLLOUT_TOKENS_MEAN]:.1f}",
         f"{m[names.TIME_ITERATION]:.2f} s",
         f"(generate {m[names.TIME_GENERATE]:.2f}, score {m[names.TIME_SCORE]:.2f}, learn {m[names.TIME_LEARN]:.2f}, "

@@ -22,6 +22,9 @@ class DataConfig(Section):
     prompts: SourceConfig
     eval_prompts: SourceConfig | None = None
     """Held-out prompts for the evaluation before and after; without them no win rate is reported."""
+    responses: SourceConfig | None = None
+    """A fixed set of prompts with responses to learn from, for `rollout.source = data`: completions, both sides of
+    preferences, or all completions of rankings, each one a response. What was preferred plays no part."""
     demonstrations: SourceConfig | None = None
     preferences: SourceConfig | None = None
     pretraining: SourceConfig | None = None

@@ -32,6 +32,10 @@ class RolloutConfig(Section):
     threads_per_worker: PositiveInt = 1
     """Threads of the numerical libraries in one worker (CPU backend)."""
 
+    source: Literal["policy", "data"] = "policy"
+    """Where the responses come from that the policy learns from: it samples them, or (`data`, offline learning) they
+    are those of `data.responses`, `prompts_per_iteration` at a time. Rollout workers sample for evaluation and
+    collection in either case."""
     prompts_per_iteration: PositiveInt = 64
     samples_per_prompt: PositiveInt = 1
     max_prompt_tokens: PositiveInt = 512

@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from configs import addresses
 from configs.algorithm import (
     AlgorithmConfig,
+    APAConfig,
+    AWRConfig,
+    CorrectionConfig,
     PenalizedBase,
     PolicyGradientBase,
     PPOConfig,
@@ -17,7 +20,7 @@ from configs.base import Location, NonNegativeInt, Section
 from configs.cluster import ClusterConfig
 from configs.data import DataConfig
 from configs.labels import JudgeConfig
-from configs.learner import LearnerConfig
+from configs.learner import BatchGuardsConfig, LearnerConfig
 from configs.models import ModelsConfig
 from configs.rollout import RolloutConfig
 from configs.rounds import RoundsConfig
@@ -106,6 +109,56 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _data_can_be_learned_from(self) -> Self:
+        algorithm, offline = self.algorithm, "rollout.source = data"
+        if self.rollout.source == "policy":
+            if self.data.responses is not None:
+                raise ValueError(f"data.responses is not read by anything: set {offline}, or leave it out")
+            return self
+        if self.data.responses is None:
+            raise ValueError(f"{offline} needs data.responses")
+        if not isinstance(algorithm, APAConfig | AWRConfig):
+            raise ValueError(
+                f"algorithm.name = {algorithm.name} learns from the policy's own samples, and nobody recorded with "
+                f"what probability the responses of data.responses were sampled: with {offline} use awr or apa"
+            )
+        if algorithm.advantage in ("rloo", "grpo") or self.rollout.samples_per_prompt > 1:
+            raise ValueError(
+                f"{offline} hands out one response at a time, so that nothing is compared within a prompt: set "
+                "rollout.samples_per_prompt = 1 and algorithm.advantage = gae or reinforce"
+            )
+        return self._data_is_not_taken_for_samples(offline, algorithm)
+
+    def _data_is_not_taken_for_samples(self, offline: str, algorithm: PolicyGradientBase) -> Self:
+        """Refuse what would compare a response's log-probs with its sampler's, or take it for the policy's sample."""
+        guards = self.learner.guards
+        if (
+            isinstance(algorithm, PenalizedBase)
+            and algorithm.kl_beta > 0
+            and (algorithm.kl_in == "reward" or algorithm.kl_controller.kind != "fixed")
+        ):
+            raise ValueError(
+                f"{offline}: log-ratios at tokens that the policy did not sample are no estimate of its KL, so it can "
+                "be neither charged in the reward nor steered: use algorithm.kl_in = loss with kl_estimator = k2 and a "
+                "fixed kl_controller, or kl_beta = 0"
+            )
+        defaults = BatchGuardsConfig()
+        bounded = any(bound not in (None, getattr(defaults, name)) for name, bound in guards)
+        if algorithm.correction != CorrectionConfig() or bounded:
+            raise ValueError(
+                f"{offline}: algorithm.correction and learner.guards compare the learner with the engine that sampled, "
+                "and none did: leave both as they are by default"
+            )
+        for number in range(1, self.rounds.count + 1):
+            watched = self.rounds.of(number).guards.model_dump(exclude={"entropy_nats", "window_iterations"})
+            for name in [name for name, bound in watched.items() if bound is not None]:
+                raise ValueError(
+                    f"{offline}: guards.{name} of round {number} watches what the policy samples, and the responses of "
+                    "an iteration are not its samples; only entropy_nats is of the policy"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _prompts_have_siblings(self) -> Self:
         algorithm, samples = self.algorithm, self.rollout.samples_per_prompt
         compares = None
@@ -142,8 +195,9 @@ class RunConfig(Section):
             raise ValueError(
                 "models.policy.scratch needs data.demonstrations to train the tokenizer and the SFT policy"
             )
-        if self.scoring.calibration_anchor == "demonstrations" and self.data.demonstrations is None:
-            raise ValueError("scoring.calibration_anchor is demonstrations, but there is no data.demonstrations")
+        anchor = self.scoring.calibration_anchor
+        if anchor in ("demonstrations", "responses") and getattr(self.data, anchor) is None:
+            raise ValueError(f"scoring.calibration_anchor is {anchor}, but there is no data.{anchor}")
         trained = self.trains_reward_model
         if not self.scoring.rewards:
             raise ValueError("scoring.rewards is empty: name at least one reward")

@@ -152,9 +152,9 @@ class ScoringConfig(Section):
     rewards: list[RewardConfig] = [ModelRewardConfig()]
     calibration_responses: PositiveInt = 256
     """Anchor responses that fix the zero and the unit of a new reward model."""
-    calibration_anchor: Literal["ref_policy", "demonstrations"] = "ref_policy"
-    """Whose responses they are: sampled from the reference policy, or taken from `data.demonstrations`, whose prompts
-    reach reward functions without metadata."""
+    calibration_anchor: Literal["ref_policy", "demonstrations", "responses"] = "ref_policy"
+    """Whose responses they are: sampled from the reference policy, taken from `data.demonstrations`, or drawn from
+    `data.responses`. The prompts of data reach reward functions without metadata."""
     combine: CombineConfig = LinearCombination()
     """How several rewards become one score. All are kept beside it."""
     length: LengthConfig | None = None

@@ -55,15 +55,15 @@ class ResponseBatch:
     """[N] True at tokens that this very policy version sampled."""
     versions: Tensor
     """[N] the policy version that a token's response was begun with."""
-    behavior_logprobs: Tensor
-    """[N]"""
+    behavior_logprobs: Tensor | None
+    """[N] None where the responses were read from data, so that nobody recorded any."""
     ref_logprobs: Tensor
     """[N]"""
 
     @property
     def num_tokens(self) -> int:
         """N, response tokens."""
-        return len(self.behavior_logprobs)
+        return len(self.ref_logprobs)
 
     def padded(self, flat: Tensor) -> Tensor:
         """Spread a flat vector [N] over rows [B, T], zero in the padding."""
@@ -151,7 +151,7 @@ def flatten(batch: ScoredBatch, *, device: torch.device) -> ResponseBatch:
         The same batch.
 
     Raises:
-        ValueError: If there is no response, or an empty one.
+        ValueError: If there is no response, or an empty one, or behaviour log-probs of some responses alone.
         NonFiniteError: If a score or a log-prob is not finite.
     """
     rollouts = [scored.rollout for scored in batch.rollouts]
@@ -159,6 +159,9 @@ def flatten(batch: ScoredBatch, *, device: torch.device) -> ResponseBatch:
     if not len(sizes) or not sizes.all():
         raise ValueError("a batch needs responses, and every response needs a token")
     sampled_here = [r.policy_versions == (batch.policy_version, batch.policy_version) for r in rollouts]
+    recorded = [r.behavior_logprobs for r in rollouts if r.behavior_logprobs is not None]
+    if recorded and len(recorded) < len(rollouts):
+        raise ValueError("a batch holds responses that were sampled, or such as were read from data, but not both")
     prompts = {key: number for number, key in enumerate(dict.fromkeys(r.key[:3] for r in rollouts))}
 
     def floats(parts: list[np.ndarray]) -> Tensor:
@@ -175,13 +178,14 @@ def flatten(batch: ScoredBatch, *, device: torch.device) -> ResponseBatch:
         groups=torch.tensor([prompts[r.key[:3]] for r in rollouts], device=device),
         on_policy=torch.from_numpy(np.repeat(sampled_here, sizes)).to(device),
         versions=torch.from_numpy(np.repeat([r.policy_versions.first for r in rollouts], sizes)).to(device),
-        behavior_logprobs=floats([r.behavior_logprobs for r in rollouts]),
+        behavior_logprobs=floats(recorded) if recorded else None,
         ref_logprobs=floats([scored.ref_logprobs for scored in batch.rollouts]),
     )
-    if not responses.num_tokens == len(responses.ref_logprobs) == sizes.sum():
+    behavior = responses.ref_logprobs if responses.behavior_logprobs is None else responses.behavior_logprobs
+    if not len(behavior) == responses.num_tokens == sizes.sum():
         raise ValueError("behaviour or reference log-probs do not have one number a response token")
     responses.require_finite("score", responses.scores)
-    responses.require_finite("behaviour log-prob", responses.behavior_logprobs)
+    responses.require_finite("behaviour log-prob", behavior)
     responses.require_finite("reference log-prob", responses.ref_logprobs)
     return responses
 
@@ -234,7 +238,7 @@ def evaluate(
     num_tokens, num_responses = responses.num_tokens, len(responses.keys)
     sizes = [num_tokens] * 2 if critic is None else [num_tokens] * 3 + [num_responses]
     # Each entry is written by one rank and zero on the others, so the sum over ranks is exact.
-    together = responses.behavior_logprobs.new_zeros(sum(sizes))
+    together = responses.ref_logprobs.new_zeros(sum(sizes))
     old_logprobs, entropies, *of_critic = together.split(sizes)
     for m, index, group in passes(responses, list(range(num_responses)), settings=settings, engine=policy):
         old_logprobs[index], entropies[index] = policy.evaluate(
@@ -331,6 +335,10 @@ def _advantages(
 
 def _corrections(responses: ResponseBatch, old_logprobs: Tensor, *, algorithm: PolicyGradientConfig) -> Tensor:
     """Compute what each token's loss is multiplied by: flat [N]."""
+    if responses.behavior_logprobs is None:
+        if algorithm.correction.weight != "none":
+            raise ValueError(f"correction.weight = {algorithm.correction.weight} needs behaviour log-probs")
+        return torch.ones_like(responses.ref_logprobs)
     corrections = off_policy.importance_weights(
         old_logprobs,
         responses.padded(responses.behavior_logprobs),

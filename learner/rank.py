@@ -156,7 +156,7 @@ class Rank:
         batch = assemble(groups, round=round, iteration=iteration, policy_version=version)
         self._batch, self._kl_nats, self._kl_beta = batch, {}, updater.reward_kl_beta
         try:
-            require_version(batch)
+            require_version(batch, source=self._config.rollout.source)
             report = updater.update(batch)
         except BatchRefusedError as error:
             rolls_back = self._config.learner.on_nonfinite == "rollback"

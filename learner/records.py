@@ -143,19 +143,20 @@ def _row(scored: ScoredRollout, *, decode: Decode, kl_nats: float | None) -> dic
         "worker": rollout.worker,
         "prompt_ids": rollout.prompt.token_ids.tolist(),
         "response_ids": rollout.response_ids.tolist(),
-        "behavior_logprobs": rollout.behavior_logprobs.tolist(),
+        "behavior_logprobs": None if rollout.behavior_logprobs is None else rollout.behavior_logprobs.tolist(),
         "ref_logprobs": scored.ref_logprobs.tolist(),
     }
 
 
 def _scored(row: Mapping[str, Any]) -> ScoredRollout:
+    recorded = row["behavior_logprobs"]
     rollout = Rollout(
         key=RolloutKey(**{name: row[name] for name in RolloutKey._fields}),
         prompt=Prompt(
             prompt_id=row["prompt_id"], token_ids=np.array(row["prompt_ids"], dtype=np.int32), text=row["prompt"]
         ),
         response_ids=np.array(row["response_ids"], dtype=np.int32),
-        behavior_logprobs=np.array(row["behavior_logprobs"], dtype=np.float32),
+        behavior_logprobs=None if recorded is None else np.array(recorded, dtype=np.float32),
         finish_reason=row["finish_reason"],
         policy_versions=PolicyVersions(row["policy_version_first"], row["policy_version_last"]),
         worker=row["worker"],

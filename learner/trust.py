@@ -6,6 +6,8 @@ In synchronous runs both are the same weights, so every w is one but for roundin
 another distribution show here before anything is learned from them. Source: algorithms.md 18.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from learner.ops import off_policy
 from protocol import metrics as names
 from protocol.errors import UntrustedBatchError
 from protocol.incidents import Incident
-from protocol.messages import ScoredBatch
+from protocol.messages import NOT_SAMPLED, ScoredBatch
 
 _FIGURES = {
     names.SYNC_LOGPROB_GAP: "gap_max",
@@ -27,14 +29,24 @@ _FIGURES = {
 }
 
 
-def require_version(batch: ScoredBatch) -> None:
+def require_version(batch: ScoredBatch, *, source: Literal["policy", "data"] = "policy") -> None:
     """Refuse a batch that was sampled by another version than the one that the learner published last.
+
+    Args:
+        batch: The batch.
+        source: `rollout.source`: with `data` the responses must be such as nobody sampled.
 
     Raises:
         UntrustedBatchError: Naming the first response, its version and its worker.
     """
     version = batch.policy_version
     for rollout in (scored.rollout for scored in batch.rollouts):
+        if (rollout.policy_versions == NOT_SAMPLED) != (source == "data"):
+            found = "was sampled" if source == "data" else "was read from data"
+            text = f"rollout {rollout.key} {found} ({rollout.worker}), but rollout.source = {source}"
+            raise UntrustedBatchError(text)
+        if source == "data":
+            continue
         first, last = rollout.policy_versions
         if not first == last == version:
             sampled = f"version {first}" if first == last else f"versions {first} to {last}"
@@ -50,10 +62,10 @@ def gap_metrics(responses: ResponseBatch, old_logprobs: Tensor) -> dict[str, flo
         old_logprobs: [N] the learner's.
 
     Returns:
-        Metric name -> number; nothing if there is no token of this version.
+        Metric name -> number; nothing if there is no token of this version, or nothing was recorded.
     """
     here = responses.on_policy
-    if not here.any():
+    if responses.behavior_logprobs is None or not here.any():
         return {}
     found = off_policy.mismatch(old_logprobs, responses.behavior_logprobs, mask=here)
     numbers = torch.stack([found[figure] for figure in _FIGURES.values()]).tolist()
@@ -79,9 +91,10 @@ def require_trust(
         (names.SYNC_RATIO_P999, "ratio_p999", guards.ratio_p999, 1),
         (names.SYNC_ESS_FRACTION, "ess_fraction", guards.ess_fraction, -1),
     )
+    behavior = responses.behavior_logprobs
     for metric, key, bound, sign in bounds:
-        if found and bound is not None and not sign * found[metric] <= sign * bound:
-            gaps = torch.where(responses.on_policy, old_logprobs - responses.behavior_logprobs, 0).abs()
+        if behavior is not None and found and bound is not None and not sign * found[metric] <= sign * bound:
+            gaps = torch.where(responses.on_policy, old_logprobs - behavior, 0).abs()
             side = "above" if sign > 0 else "below"
             raise UntrustedBatchError(
                 f"{metric} = {found[metric]:.4g} is {side} learner.guards.{key} = {bound:g}: the rollout workers did "

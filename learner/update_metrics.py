@@ -49,7 +49,9 @@ def sampling_metrics(responses: ResponseBatch, opinions: Opinions, *, kl_nats: f
         Metric name -> number.
     """
     means = torch.stack([responses.scores.double().mean(), opinions.entropies.double().mean()]).tolist()
-    return {names.OBJECTIVE_SCORE: means[0], names.OBJECTIVE_KL: kl_nats, names.POLICY_ENTROPY: means[1]}
+    # Over responses that others wrote, the mean log-ratio to the reference is no estimate of the policy's KL.
+    kl = names.OBJECTIVE_KL if responses.behavior_logprobs is not None else names.OBJECTIVE_LOG_RATIO
+    return {names.OBJECTIVE_SCORE: means[0], kl: kl_nats, names.POLICY_ENTROPY: means[1]}
 
 
 def batch_metrics(train: TrainBatch, *, algorithm: PolicyGradientConfig, kl_beta: float) -> dict[str, float]:
@@ -92,8 +94,10 @@ def mismatch_metrics(
         policy_version: The version that learns.
 
     Returns:
-        Metric name -> number.
+        Metric name -> number; nothing where nobody recorded with what log-probs it sampled.
     """
+    if responses.behavior_logprobs is None:
+        return {}
     everywhere = torch.ones_like(responses.on_policy)
     weights = None
     if correction is not None and correction.weight != "none":

@@ -48,8 +48,11 @@ class PolicySteps:
         if penalized is not None and penalized.kl_in == "loss":
             self._penalty = penalized.kl_estimator
         # The engine's own log-probs stand in for the old policy where the correction says so.
-        bypass = algorithm.correction.old_policy == "behavior"
-        self._old_logprobs = train.responses.behavior_logprobs if bypass else train.opinions.old_logprobs
+        self._old_logprobs = train.opinions.old_logprobs
+        if algorithm.correction.old_policy == "behavior":
+            if train.responses.behavior_logprobs is None:
+                raise ValueError("correction.old_policy = behavior needs behaviour log-probs")
+            self._old_logprobs = train.responses.behavior_logprobs
 
     def learn(self, m: MicroBatch, index: Tensor, *, weights: Tensor, last: bool) -> None:
         """Add a micro-batch's gradient to the step's.

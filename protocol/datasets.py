@@ -146,6 +146,29 @@ def read_demonstrations(
             raise _wrong_type("demonstrations", "a completion to imitate", where, record)
 
 
+def read_responses(
+    source: str,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    count: int | None = None,
+    report: ReadReport | None = None,
+) -> Iterator[tuple[str, DemonstrationRecord]]:
+    """Yield every completion with its prompt and its place, whatever was said of it: of a preference both sides."""
+    for where, record in _located_records(source, split=split, seed=seed, count=count, report=report):
+        match record:
+            case DemonstrationRecord() | UnpairedRecord():
+                completions = {where: record.completion}
+            case PreferenceRecord():
+                completions = {f"{where}, chosen": record.chosen, f"{where}, rejected": record.rejected}
+            case RankingRecord():
+                completions = {f"{where}, completion {n}": text for n, text in enumerate(record.completions, start=1)}
+            case PromptRecord():
+                raise _wrong_type("responses", "completions beside the prompt", where, record)
+        for place, completion in completions.items():
+            yield place, DemonstrationRecord(prompt=record.prompt, completion=completion)
+
+
 def read_preferences(
     source: str,
     *,

@@ -64,6 +64,10 @@ class PolicyVersions(NamedTuple):
     last: int
 
 
+NOT_SAMPLED = PolicyVersions(-2, -2)
+"""In place of the versions of a response that was read from data: no policy of the run sampled it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutRequest:
     """One response to be sampled."""
@@ -77,18 +81,19 @@ class RolloutRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One sampled response with everything the engine knew when it sampled it."""
+    """One response, with everything the engine knew when it sampled it; or one that was read from data."""
 
     key: RolloutKey
     prompt: Prompt
     response_ids: IntArray
     """[T] sampled token ids, with EOS when it was sampled. Never re-tokenised."""
-    behavior_logprobs: FloatArray
-    """[T] log-probs of the sampled tokens under the distribution that was really sampled."""
+    behavior_logprobs: FloatArray | None
+    """[T] log-probs of the sampled tokens under the distribution that was really sampled; None where nobody recorded
+    any, because the response was read from data."""
     finish_reason: FinishReason
     policy_versions: PolicyVersions
     worker: str
-    """Which rollout worker sampled it (for people; nothing depends on it)."""
+    """Which rollout worker sampled it, or which data it is from (for people; nothing depends on it)."""
 
     @property
     def num_tokens(self) -> int:
@@ -166,8 +171,9 @@ class ReferenceSummary:
     """What the driver may know of a group's reference log-probs."""
 
     keys: tuple[RolloutKey, ...]
-    behavior_kl_nats: FloatArray
-    """[B] sum over the response of behaviour log-prob minus reference log-prob: the k1 estimate of each sequence."""
+    behavior_kl_nats: Mapping[RolloutKey, float]
+    """Sum over the response of behaviour log-prob minus reference log-prob: the k1 estimate of each sequence. Responses
+    that were read from data have none."""
     busy_s: float
 
 

@@ -75,7 +75,7 @@ class ScoringSummary:
     gold: Mapping[str, Mapping[RolloutKey, float]]
     """`gold` and its components; empty without a gold scorer."""
     kl_nats: Mapping[RolloutKey, float]
-    """The k1 estimate of each sequence, under the policy that sampled it."""
+    """The k1 estimate of each sequence, under the policy that sampled it; none of responses that were read."""
     busy_s: Mapping[str, float]
 
 

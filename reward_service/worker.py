@@ -300,15 +300,16 @@ class ReferenceWorker:
             logprobs = self._model.logprobs(
                 [rollout.prompt.token_ids for rollout in rollouts], [rollout.response_ids for rollout in rollouts]
             )
-            kl_nats = [
-                float(np.sum(rollout.behavior_logprobs.astype(np.float64) - reference))
+            kl_nats = {
+                rollout.key: float(np.sum(rollout.behavior_logprobs.astype(np.float64) - reference))
                 for rollout, reference in zip(rollouts, logprobs, strict=True)
-            ]
+                if rollout.behavior_logprobs is not None
+            }
             keys = tuple(rollout.key for rollout in rollouts)
             seconds = perf_counter() - started
             self._num_responses += len(rollouts)
             self._busy_s += seconds
-            summary = ReferenceSummary(keys=keys, behavior_kl_nats=np.array(kl_nats, np.float32), busy_s=seconds)
+            summary = ReferenceSummary(keys=keys, behavior_kl_nats=kl_nats, busy_s=seconds)
             return summary, ReferenceLogprobs(keys=keys, logprobs=logprobs)
 
     @ray.method(concurrency_group="control")

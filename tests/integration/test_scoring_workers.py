@@ -184,7 +184,7 @@ def test_reference_logprobs_are_those_of_transformers(policy: Path, rollouts: li
         expected = np.array([everything[position - 1, ids[position]].item() for position in at])
         np.testing.assert_allclose(logprobs.logprobs[place], expected, atol=1e-5)
         kl = float((rollout.behavior_logprobs - expected).sum())
-        assert summary.behavior_kl_nats[place] == pytest.approx(kl, abs=1e-4)
+        assert summary.behavior_kl_nats[rollout.key] == pytest.approx(kl, abs=1e-4)
     assert status_of(pool)["models"] == {"reference": str(policy)}
     ray.kill(pool)
 

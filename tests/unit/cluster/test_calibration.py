@@ -11,7 +11,7 @@ from cluster import calibration, samples
 from configs.load import ConfigError
 from configs.run import RunConfig
 from protocol.errors import UserError
-from protocol.messages import Prompt
+from protocol.messages import NOT_SAMPLED, Prompt
 from protocol.tokens import decode, encode_prompt
 from tests.tiny import END_ID, tiny_tokenizer
 from tests.tiny_run import tiny_config
@@ -58,7 +58,8 @@ def test_demonstrations_come_as_responses(tmp_path: Path, caplog: pytest.LogCapt
     for rollout, said in zip(found, ("a quick animal", "blue", "green"), strict=True):
         assert rollout.response_ids[-1] == END_ID
         assert decode(tokenizer, rollout.response_ids[:-1].tolist()) == said
-        assert rollout.behavior_logprobs.tolist() == [0.0] * len(rollout.response_ids)
+        assert rollout.behavior_logprobs is None
+        assert rollout.policy_versions == NOT_SAMPLED
     samples.write(tmp_path / "anchors.jsonl", found)
     again = samples.read(tmp_path / "anchors.jsonl")
     assert [rollout.key for rollout in again] == [rollout.key for rollout in found]

@@ -35,6 +35,17 @@ def test_a_run_that_evaluates_on_its_training_prompts_does_not_start() -> None:
         preflight.check(config)
 
 
+def test_a_fixed_set_is_looked_at_like_the_rest() -> None:
+    given = "data.responses={{source: 'examples.quickstart.data:{}', count: 40}}"
+    offline = ("rollout.source=data", "rollout.max_response_tokens=56", "algorithm={name: awr, minibatch_responses: 8}")
+    preflight.check(load("quickstart", [*TINY, *offline, given.format("preferences")]))
+    with pytest.raises(UserError, match="needs completions beside the prompt"):
+        preflight.check(load("quickstart", [*TINY, *offline, given.format("heldout_prompts")]))
+    short = load("quickstart", [*TINY, *offline, given.format("preferences"), "rollout.max_response_tokens=4"])
+    with pytest.raises(UserError, match=r"an iteration takes 16"):
+        preflight.check(short)
+
+
 def test_the_quickstart_is_apart(caplog: pytest.LogCaptureFixture) -> None:
     preflight.check(load("quickstart", [*TINY]))
     assert "held out" not in caplog.text

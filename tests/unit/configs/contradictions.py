@@ -75,9 +75,39 @@ _ROUNDS = tuple(
     for name in ("0", "3", "-1", "01", "002", "+1", "1_0", " 1", "1.0", "one", "٢", "²", "9" * 30)
 )
 
+_DATA = ("data.responses={source: x.jsonl}", "rollout.source=data")
+_OFFLINE = tuple(
+    ((*_DATA, *overrides), message)
+    for overrides, message in (
+        ((_PPO,), "algorithm.name = ppo learns from the policy's own samples"),
+        (("algorithm={name: a2c}",), "algorithm.name = a2c learns from the policy's own samples"),
+        (("algorithm.advantage=rloo",), "hands out one response at a time"),
+        (
+            ("algorithm={name: awr, advantage: grpo}", "rollout.samples_per_prompt=2"),
+            "hands out one response at a time",
+        ),
+        (("rollout.samples_per_prompt=2",), "set rollout.samples_per_prompt = 1"),
+        (("algorithm={name: awr, kl_beta: 0.1}",), "no estimate of its KL"),
+        (
+            ("algorithm={name: awr, kl_beta: 0.1, kl_in: loss, kl_estimator: k2, kl_controller: {kind: adaptive}}",),
+            "no estimate of its KL",
+        ),
+        (("algorithm.correction.weight=tis",), "algorithm.correction and learner.guards compare"),
+        (("algorithm.correction.alarm_k3=1",), "algorithm.correction and learner.guards compare"),
+        (("learner.guards.ratio_p999=2",), "algorithm.correction and learner.guards compare"),
+        (("rounds.guards.kl_nats_per_sequence=5",), "guards.kl_nats_per_sequence of round 1 watches what the policy"),
+        (("rounds.overrides={'2': {guards: {repetition_fraction: 0.5}}}",), "guards.repetition_fraction of round 2"),
+    )
+)
+
 CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     *_BATCHES,
     *_ROUNDS,
+    *_OFFLINE,
+    (("rollout.source=data",), "rollout.source = data needs data.responses"),
+    (("data.responses={source: x.jsonl}",), "data.responses is not read by anything"),
+    (("rollout.source=engine",), "rollout.source"),
+    (("scoring.calibration_anchor=responses",), "there is no data.responses"),
     (("learner.workers=64",), "some ranks would have nothing to do"),
     (("learner.micro_batch_tokens=95",), "learner.micro_batch_tokens = 95 cannot hold one sequence"),
     (("scoring.micro_batch_tokens=95",), "scoring.micro_batch_tokens = 95 cannot hold one sequence"),

@@ -157,7 +157,9 @@ def test_the_reported_kl_is_the_sum_over_each_response() -> None:
     batch = on_policy(scored_batch())
     report = make().update(batch)
     for scored in batch.rollouts:
-        expected = float(np.sum(scored.rollout.behavior_logprobs - scored.ref_logprobs))
+        sampled = scored.rollout.behavior_logprobs
+        assert sampled is not None
+        expected = float(np.sum(sampled - scored.ref_logprobs))
         assert report.kl_nats_per_sequence[scored.rollout.key] == pytest.approx(expected, abs=1e-4)
     mean = sum(report.kl_nats_per_sequence.values()) / len(batch.rollouts)
     assert report.metrics[names.OBJECTIVE_KL] == pytest.approx(mean, abs=1e-5)
@@ -166,10 +168,9 @@ def test_the_reported_kl_is_the_sum_over_each_response() -> None:
 
 def test_the_gap_to_the_engine_counts_tokens_of_this_version_only() -> None:
     batch = on_policy(scored_batch())
-    wrong = replace(
-        batch.rollouts[1].rollout,
-        behavior_logprobs=batch.rollouts[1].rollout.behavior_logprobs + np.float32(0.25),
-    )
+    sampled = batch.rollouts[1].rollout.behavior_logprobs
+    assert sampled is not None
+    wrong = replace(batch.rollouts[1].rollout, behavior_logprobs=sampled + np.float32(0.25))
     assert make().update(changed(batch, 1, rollout=wrong)).metrics[names.SYNC_LOGPROB_GAP] == pytest.approx(0.25, 1e-3)
     stale = replace(wrong, policy_versions=PolicyVersions(2, 3))
     assert make().update(changed(batch, 1, rollout=stale)).metrics[names.SYNC_LOGPROB_GAP] < 1e-5

@@ -128,9 +128,11 @@ def test_one_step_of_everything_at_once_against_a_slow_loop() -> None:
         own_group = range(number - number % 3, number - number % 3 + 3)
         advantage = scores[number] - sum(scores[j] for j in own_group if j != number) / 2
         now = plain_logprobs(policy.network, scored.rollout)
+        sampled = scored.rollout.behavior_logprobs
+        assert sampled is not None
         every = plain_logprobs(policy.network, scored.rollout, distributions=True)
         for t in range(len(now)):
-            weight = min(math.exp(now[t].item() - float(scored.rollout.behavior_logprobs[t])), 1.2)
+            weight = min(math.exp(now[t].item() - float(sampled[t])), 1.2)
             ratio = (now[t] - now[t].detach()).exp()
             k2 = (now[t] - float(scored.ref_logprobs[t])) ** 2 / 2
             entropy = -(every[t].exp() * every[t]).sum()
