@@ -246,8 +246,8 @@ def _add_adapter(model: TrainedModel, lora: LoraConfig, *, seed: int, where: str
 
 @torch.no_grad()
 def _load(policy: PolicyModel, stored: Path) -> None:
-    config = next(iter(_trunk(policy.network).peft_config.values()))
-    found = PeftLoraConfig.from_pretrained(str(stored))
+    config: Any = next(iter(_trunk(policy.network).peft_config.values()))
+    found: Any = PeftLoraConfig.from_pretrained(str(stored))
     ours, theirs = ((c.r, c.lora_alpha, sorted(c.target_modules or ())) for c in (config, found))
     own = {n: p for n, p in policy.network.named_parameters() if ".lora_" in n}
     tensors = load_file(stored / _WEIGHTS)
