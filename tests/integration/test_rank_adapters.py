@@ -1,4 +1,4 @@
-"""A rank with the real engines (DeepSpeed, without Ray) that trains adapters: what it keeps, publishes, goes on from."""
+"""A rank with the real engines (DeepSpeed, without Ray) that trains adapters: what it keeps and goes on from."""
 
 from pathlib import Path
 from typing import Any
