@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pyarrow import parquet
 
 from cluster import checkpoint
@@ -48,8 +51,39 @@ def _files(folder: Path, pattern: str = "*.safetensors") -> dict[str, str]:
 
 
 def _parts(directory: Path) -> dict[str, str]:
-    """Hash the learner's files of a checkpoint; its name and its times are its own."""
-    return {name.partition("/")[2]: digest for name, digest in _files(directory / "learner", "*").items()}
+    """Hash the learner's files of a checkpoint; its name and its times are its own.
+
+    Of torch's files the values count: two that hold the same may differ in which tensors share a storage.
+    """
+    found = sorted(path for path in (directory / "learner").rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): _contents(path) for path in found}
+
+
+def _contents(path: Path) -> str:
+    digest = hashlib.sha256()
+    if path.suffix != ".pt":
+        digest.update(path.read_bytes())
+        return digest.hexdigest()
+    # Not only weights: DeepSpeed's files hold objects of its own. They are this benchmark's own files.
+    for place, value in _leaves(torch.load(path, map_location="cpu", weights_only=False)):
+        digest.update(place.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(pickle.dumps(value))
+    return digest.hexdigest()
+
+
+def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{place}/{key}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{place}/{index}")
+    else:
+        yield place, value
 
 
 def _metrics(run: Path) -> list[dict[str, float]]:

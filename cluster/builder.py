@@ -1,10 +1,13 @@
 """Makes the workers of a run, each in its place."""
 
+from collections.abc import Callable, Mapping
+
 from actors import worker as rollout_worker
 from cluster import placement
+from cluster.elastic import Elastic, Surroundings
 from cluster.learner_group import LearnerGroup
 from cluster.placement import Placement
-from cluster.pool import Report
+from cluster.pool import Pool, Report
 from cluster.rollout_pool import RolloutPool
 from cluster.run_directory import RunDirectory
 from cluster.scoring_pool import ScoringPool
@@ -45,26 +48,31 @@ class Builder:
         config = self._config
         remote = learner_worker.remote_class()
         environment = {"env_vars": learner_worker.environment(config)}
+        places = self._groups.of("learner")
 
         def make(rank: int, name: str) -> Handle:
-            options = self._groups.options("learner", rank)
+            options = places.options(rank)
             return remote.options(**options, runtime_env=environment).remote(
                 rank=rank, world_size=config.learner.workers, config=config, run_directory=self._directory.root
             )
 
         group = LearnerGroup(config, make=make)
-        self._nodes |= group.started()
+        self._nodes |= group.started(granted=places.granted)
         return group
 
     def pools(self) -> tuple[RolloutPool, ScoringPool]:
         """Start the rollout and scoring workers and wait until they have loaded their models."""
         config = self._config
-        rollouts = self._rollouts(config.rollout, str(self._directory.policy(0)))
+        rollouts = self._rollouts(config.rollout, str(self._directory.policy(0)), follow=self._elastic)
+        places = self._groups.of("scoring")
+        rewards = places.part(0, config.scoring.workers)
+        references = places.part(config.scoring.workers, config.scoring.reference_workers)
         scoring = ScoringPool(
             config.scoring,
             config.cluster.deadlines,
-            make_reward=self._reward,
-            make_reference=self._reference,
+            make_reward=lambda index, name: self._reward(rewards.options(index), name),
+            make_reference=lambda index, name: self._reference(references.options(index), name),
+            places=(rewards, references),
             replacements=config.cluster.worker_replacements,
             report=self._report,
         )
@@ -78,29 +86,49 @@ class Builder:
         pool.started()
         return pool
 
-    def _rollouts(self, rollout: RolloutConfig, model: str) -> RolloutPool:
+    def draining(self) -> set[str]:
+        """Name the nodes that are about to go."""
+        return placement.draining_nodes()
+
+    def _elastic(self, pool: Pool) -> Elastic:
+        surroundings = Surroundings(leaving=self._directory.leaving, draining=self.draining, note=self._note_rollouts)
+        return Elastic(pool, self._groups.of("rollout"), self._config, surroundings)
+
+    def _note_rollouts(self, nodes: Mapping[str, str]) -> None:
+        present = {name: node for name, node in self._nodes.items() if not name.startswith("rollout-")} | dict(nodes)
+        if present != self._nodes:
+            self._nodes = present
+            write_json(self._directory.workers, present)
+
+    def _rollouts(
+        self, rollout: RolloutConfig, model: str, *, follow: Callable[[Pool], Elastic] | None = None
+    ) -> RolloutPool:
         config = self._config
+        places = self._groups.of("rollout")
 
         def make(index: int, name: str) -> Handle:
             environment = rollout_worker.environment(rollout, config.cluster.backend)
-            options = self._groups.options("rollout", index)
             return (
                 rollout_worker.remote_class()
-                .options(**options, runtime_env={"env_vars": environment})
+                .options(**places.options(index), runtime_env={"env_vars": environment})
                 .remote(name=name, model_path=model, config=rollout, backend=config.cluster.backend, policy_version=0)
             )
 
-        replacements = config.cluster.worker_replacements
-        return RolloutPool(rollout, config.cluster.deadlines, make=make, replacements=replacements, report=self._report)
+        return RolloutPool(
+            rollout,
+            config.cluster.deadlines,
+            make=make,
+            replacements=config.cluster.worker_replacements,
+            report=self._report,
+            places=places,
+            follow=follow,
+        )
 
-    def _reward(self, index: int, name: str) -> Handle:
+    def _reward(self, options: dict[str, object], name: str) -> Handle:
         config = self._config
         return (
             scoring_worker.reward_worker_class()
-            .options(
-                **self._groups.options("scoring", index),
-                runtime_env={"env_vars": scoring_worker.environment(config)},
-            )
+            .options(**options, runtime_env={"env_vars": scoring_worker.environment(config)})
             .remote(
                 config=config,
                 name=name,
@@ -109,15 +137,12 @@ class Builder:
             )
         )
 
-    def _reference(self, index: int, name: str) -> Handle:
+    def _reference(self, options: dict[str, object], name: str) -> Handle:
         config = self._config
         reference = config.models.reference
         path = self._directory.policy(0) if reference == "sft" else reference
         return (
             scoring_worker.reference_worker_class()
-            .options(
-                **self._groups.options("scoring", config.scoring.workers + index),
-                runtime_env={"env_vars": scoring_worker.environment(config)},
-            )
+            .options(**options, runtime_env={"env_vars": scoring_worker.environment(config)})
             .remote(config=config, name=name, path=path)
         )

@@ -31,8 +31,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
 ckpt_app = typer.Typer(no_args_is_help=True, help="List and verify checkpoints.")
+workers_app = typer.Typer(no_args_is_help=True, help="Change who works on a run while it goes on.")
 incident_app = typer.Typer(no_args_is_help=True, help="Look at what went wrong in a run.")
 app.add_typer(data_app, name="data")
+app.add_typer(workers_app, name="workers")
 app.add_typer(ckpt_app, name="ckpt")
 app.add_typer(incident_app, name="incident")
 app.add_typer(label_app, name="label")
@@ -42,7 +44,8 @@ _ConfigArg = Annotated[str, typer.Argument(help="A YAML file, or a preset's name
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print batch arithmetic and placement; start nothing.")]
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Show the workers' own logs too.")]
 _FAULT_HELP = """Make something go wrong, to see what becomes of it: ROLE-INDEX:STATE:ACT[@ITERATION], such as
-rollout-0:serving:kill@3. Roles are rollout, reward, reference, learner; acts kill, stop, pause=SECONDS."""
+rollout-0:serving:kill@3. Roles are rollout, reward, reference, learner, driver; acts kill, stop, raise, pause=SECONDS,
+slow=SECONDS, node."""
 _RunDir = Annotated[Path, typer.Argument(help="A run directory, such as runs/quickstart.", metavar="RUN")]
 _console = CONSOLE
 
@@ -306,6 +309,30 @@ def ckpt_verify(
             _console.print(f"FAIL  {error}", highlight=False, markup=False, soft_wrap=True)
     if failed:
         raise typer.Exit(EXIT_USER)
+
+
+@workers_app.callback()
+def workers() -> None:
+    """Change who works on a run while it goes on."""
+
+
+@workers_app.command("drain")
+def workers_drain(
+    name: Annotated[str, typer.Argument(help="A rollout worker, as in RUN/workers.json, such as rollout-2.")],
+    run: Annotated[Path, typer.Option("--run", help="The run's directory.", metavar="RUN")],
+) -> None:
+    """Let a rollout worker leave a run: it finishes its batch, and its place is given back to the cluster.
+
+    The run never has fewer than rollout.min_workers; if it would, it says so and goes on as it is.
+
+    Example: rondo workers drain rollout-2 --run runs/quickstart
+    """
+    from cluster.elastic import ask_to_leave
+    from cluster.run_directory import RunDirectory
+
+    _run_config(run)
+    ask_to_leave(RunDirectory(run).leaving, name)
+    _console.print(f"{name} leaves {run} before the next version is published", highlight=False, markup=False)
 
 
 @incident_app.command("show")

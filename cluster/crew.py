@@ -32,6 +32,10 @@ class Builder(Protocol):
         """Give all places back to the cluster."""
         ...
 
+    def draining(self) -> set[str]:
+        """Name the nodes that are about to go."""
+        ...
+
 
 class Crew:
     """Everybody who works on a run, and which policy version the rollout workers hold."""
@@ -106,6 +110,11 @@ class Crew:
         if self._learner is not None:
             self._learner.stop()
         self._learner, self._optimising = None, None
+
+    def ranks_to_go(self) -> list[str]:
+        """Name the learner's ranks whose nodes are about to go."""
+        draining = self._builder.draining()
+        return [member.name for member in self.workers("learner") if member.node_id in draining]
 
     def workers(self, role: str) -> list[Member]:
         """List the workers of a role that have been started: rollout, reward, reference or learner."""

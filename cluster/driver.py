@@ -1,6 +1,6 @@
 """The driver: one iteration on one screen. It knows roles and small metadata; no machine, no token array."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -10,6 +10,7 @@ from cluster import schedule
 from cluster.schedule import RunState
 from configs.run import RunConfig
 from protocol import metrics as names
+from protocol.errors import LostDataError
 from protocol.messages import IterationReport, Prompt, UpdateReport
 from protocol.roles import Learner, RolloutPool, ScoredReferences, ScoringPool
 
@@ -30,6 +31,8 @@ class Roles:
     scoring: ScoringPool
     learner: Learner
     prompts: Prompts
+    lost: Callable[[LostDataError], None]
+    """Takes note that a batch is gone and must be sampled again; raises if that happens too often."""
 
 
 def optimise(roles: Roles, config: RunConfig, state: RunState) -> Iterator[tuple[IterationReport, RunState]]:
@@ -45,18 +48,23 @@ def iterate(roles: Roles, config: RunConfig, state: RunState) -> IterationReport
     clock = Clock()
     place = {"round": state.round, "iteration": state.iteration}
 
-    with clock.stage(names.TIME_GENERATE):  # scoring runs meanwhile, group by group
-        prompts = roles.prompts.take(config.rollout.prompts_per_iteration)
-        requests = schedule.requests(prompts, config, round=state.round, iteration=state.iteration)
-        roles.scoring.begin([request.key for request in requests])
-        for finished in roles.rollouts.generate(requests, policy_version=state.policy_version):
-            roles.scoring.add(finished)
+    prompts = roles.prompts.take(config.rollout.prompts_per_iteration)
+    requests = schedule.requests(prompts, config, round=state.round, iteration=state.iteration)
+    while True:
+        try:
+            with clock.stage(names.TIME_GENERATE):  # scoring runs meanwhile, group by group
+                roles.scoring.begin([request.key for request in requests])
+                for finished in roles.rollouts.generate(requests, policy_version=state.policy_version):
+                    roles.scoring.add(finished)
 
-    with clock.stage(names.TIME_SCORE):
-        batch = roles.scoring.collect()
+            with clock.stage(names.TIME_SCORE):
+                batch = roles.scoring.collect()
 
-    with clock.stage(names.TIME_LEARN):
-        update = roles.learner.update(batch, **place)
+            with clock.stage(names.TIME_LEARN):
+                update = roles.learner.update(batch, **place)
+            break
+        except LostDataError as error:  # nothing has been learned; the same keys and seeds give the same tokens
+            roles.lost(error)
 
     with clock.stage(names.TIME_PUBLISH):
         publication = roles.learner.publish(policy_version=state.policy_version + 1)
@@ -88,8 +96,10 @@ class Clock:
     def stage(self, name: str) -> Generator[None]:
         """Time a stage."""
         before = perf_counter()
-        yield
-        self.seconds[name] = perf_counter() - before
+        try:
+            yield
+        finally:  # what has to be done again counts twice
+            self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - before
 
     def finish(self) -> dict[str, float]:
         """Close the iteration and return all times."""

@@ -1,12 +1,13 @@
 """One batch in the making: which worker owes which responses, and what becomes of them when a worker is lost."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
 import ray
 from ray.exceptions import RayTaskError
 
+from cluster import schedule
 from cluster.deadlines import Bound
 from cluster.pool import Member
 from cluster.supervision import FAILURES, LATE, DeadlineError, SilentWorkerError, Watch, cause_of
@@ -30,12 +31,21 @@ class Workers(Protocol):
         """Check that a replacement holds the current version."""
         ...
 
+    def without_place(self, member: Member, /) -> bool:
+        """Say whether the cluster has had no room for a replacement for too long."""
+        ...
+
+    def leave(self, member: Member, /) -> None:
+        """Go on without a worker that has no place."""
+        ...
+
 
 class Generation:
     """A batch that is being sampled.
 
     A lost worker's share is asked of its replacement, by key, so that nothing is lost or doubled. Nobody waits for the
-    replacement: the other workers' responses are passed on while it starts.
+    replacement: the other workers' responses are passed on while it starts. Where the cluster has no room for it, the
+    share is dealt to the others.
 
     Args:
         workers: The pool.
@@ -48,7 +58,7 @@ class Generation:
         self,
         workers: Workers,
         watch: Watch,
-        owed: Mapping[int, dict[RolloutKey, RolloutRequest]],
+        owed: dict[int, dict[RolloutKey, RolloutRequest]],
         *,
         policy_version: int,
     ) -> None:
@@ -76,7 +86,7 @@ class Generation:
         self._began, self._bound = monotonic(), bound
         for member in list(self._workers.members):
             if self._owed[member.index]:
-                self._ask(member)
+                self._ask(member, self._owed[member.index])
         while self._streams or self._starting:
             ref = self._next()
             member = self._streams.get(ref) or self._starting[ref]
@@ -84,11 +94,11 @@ class Generation:
                 if ref in self._starting:
                     del self._starting[ref]
                     self._workers.admit(member, ref)
-                    self._ask(member)
+                    self._ask(member, self._owed[member.index])
                     continue
                 step = _take(ref, deadline=self._deadline(), watch=self._watch, member=member)
             except LATE as error:
-                self._lost(ref, member, error)
+                self._lost(member, error)
                 continue
             except RayTaskError as error:
                 raise cause_of(error) from None
@@ -102,9 +112,9 @@ class Generation:
         if missing:
             raise RuntimeError(f"the rollout workers ended without {len(missing)} responses, the first: {missing[0]}")
 
-    def _ask(self, member: Member) -> None:
-        owed = list(self._owed[member.index].values())
-        self._streams[member.handle.generate.remote(owed, policy_version=self._version)] = member
+    def _ask(self, member: Member, requests: Mapping[RolloutKey, RolloutRequest]) -> None:
+        stream = member.handle.generate.remote(list(requests.values()), policy_version=self._version)
+        self._streams[stream] = member
 
     def _deadline(self) -> float:
         return self._began + self._bound().seconds
@@ -112,42 +122,64 @@ class Generation:
     def _next(self) -> Any:
         """Wait for whoever has something; meanwhile see to those who have fallen silent, and at the end to the late."""
         while True:
+            self._go_on_without_the_unplaced()
             left = max(0.0, self._deadline() - monotonic())
             refs = [*self._streams, *self._starting]
             ready, _ = ray.wait(refs, timeout=min(left, self._watch.quiet_s), fetch_local=False)
             if ready:
                 return ready[0]
-            for ref, member, error in self._stuck():
-                self._lost(ref, member, error)
+            for member, error in self._stuck():
+                self._lost(member, error)
             if monotonic() >= self._deadline():  # not if anybody was silent: a replacement moves it
                 seconds, key = self._bound()
-                for ref, member in {**self._streams, **self._starting}.items():
+                for member in _each([*self._streams.values(), *self._starting.values()]):
                     owed = list(self._owed[member.index])
                     text = f"{member.name} owes {len(owed)} responses{f', the first {owed[0]}' if owed else ''}"
-                    self._lost(ref, member, DeadlineError(f"generating: {text}, after {key} = {seconds:.4g} s"))
+                    self._lost(member, DeadlineError(f"generating: {text}, after {key} = {seconds:.4g} s"))
 
-    def _stuck(self) -> list[tuple[Any, Member, SilentWorkerError]]:
+    def _stuck(self) -> list[tuple[Member, SilentWorkerError]]:
         """Find workers that do not answer, or whose engines have not made a step since they were last asked."""
-        found: list[tuple[Any, Member, SilentWorkerError]] = []
-        answers = self._watch.answers(list(self._streams.values()))
-        for ref, (member, answer) in zip(list(self._streams), answers, strict=True):
+        found: list[tuple[Member, SilentWorkerError]] = []
+        for member, answer in self._watch.answers(_each(self._streams.values())):
             if isinstance(answer, SilentWorkerError):
-                found.append((ref, member, answer))
+                found.append((member, answer))
             elif isinstance(answer, FAILURES):
                 continue  # it has died, as its stream will say
             elif self._steps.get(member.name) == answer.engine_steps:
                 text = f"{member.name} answers, but its engine makes no step"
-                found.append((ref, member, SilentWorkerError(text)))
+                found.append((member, SilentWorkerError(text)))
             else:
                 self._steps[member.name] = answer.engine_steps
         return found
 
-    def _lost(self, ref: Any, member: Member, error: BaseException) -> None:
-        self._streams.pop(ref, None)
-        self._starting.pop(ref, None)
+    def _lost(self, member: Member, error: BaseException) -> None:
+        """Have a worker replaced, and forget what it was doing."""
+        for doing in (self._streams, self._starting):
+            for ref in [ref for ref, busy in doing.items() if busy is member]:
+                del doing[ref]
         fresh, ready = self._workers.replace(member, error)
         self._starting[ready] = fresh
         self._began = monotonic()
+
+    def _go_on_without_the_unplaced(self) -> None:
+        """Deal what a replacement without a place owes to the others; one that is sampling does it afterwards."""
+        for ref, member in list(self._starting.items()):
+            if not self._workers.without_place(member):
+                continue
+            self._workers.leave(member)
+            del self._starting[ref]
+            self._began = monotonic()
+            owed = list(self._owed.pop(member.index).values())
+            others = self._workers.members
+            for other, more in zip(others, schedule.dealt(owed, workers=len(others)), strict=True):
+                self._owed[other.index] |= more
+                if more and other not in self._starting.values():  # else it is asked when it has started
+                    self._ask(other, more)
+
+
+def _each(members: Iterable[Member]) -> list[Member]:
+    """Name every worker once, however many streams it has."""
+    return list({member.name: member for member in members}.values())
 
 
 class _Step(NamedTuple):

@@ -44,7 +44,7 @@ from cluster.tracking import (
 )
 from configs.run import RunConfig
 from protocol import tokens
-from protocol.errors import UserError, WorkersLostError
+from protocol.errors import LearnerLostError, UserError, WorkersLostError
 from protocol.files import write_json, writing
 from reward_service.preferences.store import PreferenceStore
 
@@ -123,7 +123,7 @@ def _save_what_stands(stages: RunStages) -> None:
     """Commit the last iteration of a run that was asked to stop, if its Ray has not been stopped as well."""
     try:
         stages.save()
-    except RayError as error:
+    except (RayError, LearnerLostError) as error:
         _LOG.warning("the last iteration could not be committed: %s", first_line(error))
 
 

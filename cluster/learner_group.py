@@ -12,9 +12,9 @@ import ray
 from cluster.deadlines import Deadlines, Kind
 from cluster.pool import Member
 from cluster.stacks import stacks_of
-from cluster.supervision import DeadlineError, Handle, Watch, first_line, wait
+from cluster.supervision import DeadlineError, Handle, PlaceWatch, Watch, first_line, wait
 from configs.run import RunConfig
-from protocol.errors import BatchRefusedError, LearnerLostError, RollbackError, UserError
+from protocol.errors import BatchRefusedError, LearnerLostError, NoPlaceError, RollbackError, UserError
 from protocol.messages import RolloutKey, SampleText, UpdateReport
 from protocol.roles import Payload, Publication, ScoredReferences
 from protocol.weights import Rendezvous, WeightManifest
@@ -34,6 +34,7 @@ class LearnerGroup:
     def __init__(self, config: RunConfig, *, make: Callable[[int, str], Handle]) -> None:
         self._deadlines = config.cluster.deadlines
         self._measured = Deadlines(self._deadlines)
+        self._starting: PlaceWatch | None = None
         self._transfer = config.rollout.weight_transfer
         self._rolls_back = config.learner.on_nonfinite == "rollback"
         self._watch = Watch(silence_s=self._deadlines.silence_s)
@@ -43,13 +44,23 @@ class LearnerGroup:
         self.updates = 0
         """Batches that the ranks have been given to learn from."""
 
-    def started(self) -> dict[str, str]:
-        """Connect the ranks to each other, wait until they are, and say on which node each rank is."""
+    def started(self, *, granted: Callable[[int], bool] = lambda rank: True) -> dict[str, str]:
+        """Connect the ranks to each other, wait until they are, and say on which node each rank is.
+
+        Args:
+            granted: Says whether a rank has a place.
+
+        Raises:
+            NoPlaceError: If the cluster has no room for a rank.
+        """
+        self._starting = PlaceWatch(granted, placement_s=self._deadlines.placement_s)
+        self._on(self._ranks, "start", "status")
         [(address, port)] = self._on([self._ranks[0]], "start", "address")
         self._on(self._ranks, "start", "connect", address, port)
         states = self._on(self._ranks, "start", "status")
         for member, state in zip(self.members, states, strict=True):
             member.met(state)
+        self._starting = None  # whoever is lost from now on had a place
         return {member.name: str(member.node_id) for member in self.members}
 
     def train_sft(self, output: Path, *, progress: Progress) -> dict[str, Any]:
@@ -74,15 +85,18 @@ class LearnerGroup:
         """Learn from a batch.
 
         Raises:
+            LostDataError: If some of it is gone; the ranks are where they were.
             RollbackError: If the ranks refuse the batch and shall go back to the last checkpoint.
             BatchRefusedError: If they refuse it and the run shall stop.
         """
         groups = [(list(group.rollouts), group.rewards, group.reference) for group in batch.groups]
-        self.updates += 1  # whatever becomes of it, the ranks are not where they were
         tokens = sum(meta.response_tokens for meta in batch.metas)
+        # All ranks have the batch before one begins: if any of it is gone, nothing has been learned.
+        self._on(self._ranks, "learn", "receive", groups, size=tokens)
+        self.updates += 1  # whatever becomes of it, the ranks are not where they were
         place = {"round": round, "iteration": iteration}
         try:
-            return self._on(self._ranks, "learn", "update", groups, size=tokens, **place)[0]
+            return self._on(self._ranks, "learn", "update", size=tokens, **place)[0]
         except BatchRefusedError as error:
             if self._rolls_back:
                 raise RollbackError(str(error), **place) from error
@@ -159,7 +173,7 @@ class LearnerGroup:
         """
         try:
             yield
-        except UserError:
+        except (UserError, NoPlaceError):
             raise
         except Exception as error:
             lost = self._watch.lost(self.members)
@@ -211,7 +225,7 @@ class LearnerGroup:
 
     def _waited(self, refs: Sequence[Any], kind: Kind, work: str = "", *, size: int = 1, what: str) -> list[Any]:
         seconds, key = self._measured.bound(kind, work, size=size)
-        watch = None if kind == "start" else self._watch
+        watch = self._starting if kind == "start" else self._watch
         return wait(refs, deadline_s=seconds, what=what, key=key, watch=watch, workers=self.members)
 
     def _watched(self, what: str, progress: Progress, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -1,13 +1,23 @@
 """Interchangeable workers: started under a deadline, and replaced when they fail."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Protocol
 
 import ray
 
 from cluster.stacks import stacks_of
-from cluster.supervision import DeadlineError, Handle, SilentWorkerError, first_line, wait
+from cluster.supervision import (
+    DeadlineError,
+    Handle,
+    PlaceWatch,
+    SilentWorkerError,
+    died_with_node,
+    first_line,
+    wait,
+)
+from configs.cluster import DeadlinesConfig
 from protocol.errors import WorkersLostError
 from protocol.incidents import Incident
 
@@ -24,6 +34,8 @@ class Member:
     handle: Handle
     pid: int | None = None
     node_id: str | None = None
+    asked: float = field(default_factory=monotonic)
+    """When it was asked for."""
 
     def met(self, status: Any) -> None:
         """Take note of where the worker is, from its first status."""
@@ -36,43 +48,116 @@ def status_fields(status: Any) -> dict[str, Any]:
     return {n: status[n] if isinstance(status, dict) else getattr(status, n) for n in ("state", "pid", "node_id")}
 
 
+class Places(Protocol):
+    """Where the workers of a pool may run."""
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """The places there are."""
+        ...
+
+    def granted(self, index: int, /) -> bool:
+        """Say whether the cluster has room for a place."""
+        ...
+
+    def give_back(self, index: int, /) -> None:
+        """Give a place back to the cluster."""
+        ...
+
+
+@dataclass(slots=True)
+class Anywhere:
+    """Places on whatever node has room."""
+
+    indices: Sequence[int]
+
+    def granted(self, index: int) -> bool:
+        """Every place is."""
+        return True
+
+    def give_back(self, index: int) -> None:
+        """Forget the place."""
+        self.indices = [place for place in self.indices if place != index]
+
+
 class Pool:
-    """Interchangeable workers. The subclass says what they do; this says that they are there.
+    """Interchangeable workers: that they are there. Those who own a pool say what its workers do.
 
     Args:
         role: What they are called.
-        size: How many there are.
+        places: Where they run; one worker a place.
         make: Starts a worker, given its place and its name.
+        deadlines: How long a start, and the wait for a place, may take.
         replacements: How many lost workers may be replaced.
+        minimum: With fewer workers the run stops.
         report: Takes note of lost workers.
     """
 
     def __init__(
-        self, *, role: str, size: int, make: Callable[[int, str], Handle], replacements: int, report: Report
+        self,
+        *,
+        role: str,
+        places: Places,
+        make: Callable[[int, str], Handle],
+        deadlines: DeadlinesConfig,
+        replacements: int,
+        report: Report,
+        minimum: int = 1,
     ) -> None:
         self.role = role
+        self._places = places
         self._make = make
+        self._deadlines = deadlines
         self._replacements = replacements
+        self._minimum = minimum
         self._report = report
         self._generation = 0
-        self.members = [self._member(index) for index in range(size)]
+        self._place_watch = PlaceWatch(places.granted, placement_s=deadlines.placement_s)
+        self._members = {index: self.make(index) for index in places.indices}
 
-    def _member(self, index: int) -> Member:
-        suffix = f".{self._generation}" if self._generation else ""
-        name = f"{self.role}-{index}{suffix}"
+    @property
+    def members(self) -> list[Member]:
+        """The workers that fill the pool's places now."""
+        return [self._members[index] for index in sorted(self._members)]
+
+    @property
+    def may_shrink(self) -> bool:
+        """Say whether a worker may leave."""
+        return len(self._members) > self._minimum
+
+    def name_of(self, index: int) -> str:
+        """The name of a place, and of the first worker in it."""
+        return f"{self.role}-{index}"
+
+    def make(self, index: int) -> Member:
+        """Start a worker in a new place; it does not belong to the pool before it joins."""
+        name = self.name_of(index)
         return Member(index=index, name=name, handle=self._make(index, name))
 
-    def started(self, *, deadline_s: float) -> dict[str, str]:
+    def join(self, member: Member) -> None:
+        """Let a worker belong to the pool."""
+        self._members[member.index] = member
+
+    def dismiss(self, member: Member) -> None:
+        """Stop a worker and give its place back."""
+        ray.kill(member.handle, no_restart=True)
+        del self._members[member.index]
+        self._places.give_back(member.index)
+
+    def _replacement(self, index: int) -> Member:
+        name = f"{self.name_of(index)}.{self._generation}"
+        return Member(index=index, name=name, handle=self._make(index, name))
+
+    def started(self) -> dict[str, str]:
         """Wait until every worker has loaded its model.
 
         Returns:
             Worker name -> the id of its node.
+
+        Raises:
+            NoPlaceError: If the cluster has no room for one.
         """
-        names = ", ".join(member.name for member in self.members)
-        refs = [member.handle.status.remote() for member in self.members]
-        states = wait(refs, deadline_s=deadline_s, what=f"starting {names}", key="cluster.deadlines.start_s")
-        for member, status in zip(self.members, states, strict=True):
-            member.met(status)
+        self._wait_for(self.members)
         return {member.name: str(member.node_id) for member in self.members}
 
     def replace(self, member: Member, *, cause: BaseException) -> Member:
@@ -83,13 +168,15 @@ class Pool:
         """
         silent, late = isinstance(cause, SilentWorkerError), isinstance(cause, DeadlineError)
         stacks = stacks_of(pid=member.pid, node_id=member.node_id) if silent or late else None
-        spent = self._replacements <= 0
+        # Ray takes some seconds to miss a node, and until then may start a replacement on it.
+        free = member.pid is None and died_with_node(cause)
+        spent = self._replacements <= 0 and not free
         if not spent:
-            self._replacements -= 1
+            self._replacements -= not free
             self._generation += 1
             ray.kill(member.handle, no_restart=True)
-            self.members[member.index] = self._member(member.index)
-        fresh = self.members[member.index]
+            self._members[member.index] = self._replacement(member.index)
+        fresh = self._members[member.index]
         self._report(
             Incident(
                 kind="worker_silent" if silent else "worker_late" if late else "worker_lost",
@@ -110,17 +197,57 @@ class Pool:
 
     def holds(self, member: Member) -> bool:
         """Say whether a worker still fills its place."""
-        return self.members[member.index] is member
+        return self._members.get(member.index) is member
 
-    def admit(self, fresh: Member, *, deadline_s: float) -> None:
-        """Wait until a replacement has started."""
-        what = f"starting {fresh.name}"
-        [status] = wait(
-            [fresh.handle.status.remote()], deadline_s=deadline_s, what=what, key="cluster.deadlines.start_s"
+    def admit(self, fresh: Member) -> None:
+        """Wait until a replacement has started.
+
+        Raises:
+            NoPlaceError: If the cluster has no room for it.
+        """
+        self._wait_for([fresh])
+
+    def without_place(self, member: Member) -> bool:
+        """Say whether a worker has waited too long for its place."""
+        return self._place_watch.without_place(member)
+
+    def leave(self, member: Member) -> None:
+        """Go on without a worker for which the cluster has no room.
+
+        Raises:
+            WorkersLostError: If too few are left.
+        """
+        cause = self._place_watch.complaint(member)
+        left = len(self._members) - 1
+        enough = self.may_shrink
+        self._report(
+            Incident(
+                kind="worker_unplaced",
+                what=cause,
+                where=member.name,
+                cause=cause,
+                action=f"the run goes on with {left} {self.role} worker{'s' if left > 1 else ''}"
+                if enough
+                else f"the run stops: it needs {self._minimum} {self.role} worker{'s' if self._minimum > 1 else ''}",
+            )
         )
-        fresh.met(status)
+        if not enough:
+            raise WorkersLostError(f"{cause}; too few {self.role} workers are left")
+        self.dismiss(member)
 
     def stop(self) -> None:
         """Stop every worker."""
         for member in self.members:
             ray.kill(member.handle, no_restart=True)
+
+    def _wait_for(self, starting: Sequence[Member]) -> None:
+        states = wait(
+            [member.handle.status.remote() for member in starting],
+            deadline_s=self._deadlines.start_s,
+            what=f"starting {', '.join(member.name for member in starting)}",
+            key="cluster.deadlines.start_s",
+            watch=self._place_watch,
+            workers=starting,
+        )
+        for member, status in zip(starting, states, strict=True):
+            member.met(status)

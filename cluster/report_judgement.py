@@ -325,7 +325,7 @@ def _gate_table(record: Record, decided: Sequence[RoundFiles]) -> Table:
         refresh: Mapping[str, Any] = files.refresh or {}
         gate: Mapping[str, Any] | None = record.reward_models.get(f"v{files.number - 1:03d}", {}).get("gate")
         figures: tuple[str | Cell, ...] = ("–", "–")
-        if gate is not None:
+        if gate is not None and "gain" in gate:  # else it could not tell, and the decision says why
             bounds = (gate["ci_low"], gate["ci_high"])
             unit = " nats" if gate.get("metric") == "nll" else ""
             figures = (

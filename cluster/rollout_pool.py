@@ -10,11 +10,14 @@ from ray.exceptions import RayTaskError
 
 from cluster import schedule
 from cluster.deadlines import Deadlines
+from cluster.elastic import Elastic
 from cluster.generation import Generation
-from cluster.pool import Member, Pool, Report
-from cluster.supervision import FAILURES, LATE, Handle, Watch, first_line, wait
+from cluster.pool import Anywhere, Member, Places, Pool, Report
+from cluster.supervision import FAILURES, GONE, LATE, Handle, Watch, first_line, wait
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
+from protocol.errors import LearnerLostError, LostDataError, NoPlaceError
+from protocol.incidents import Incident
 from protocol.messages import Rollout, RolloutMeta, RolloutRequest
 from protocol.roles import Broadcast, Finished, Publication, RolloutRef, resolve
 from protocol.weights import VersionProof, WeightManifest
@@ -33,12 +36,24 @@ class RolloutPool:
         make: Callable[[int, str], Handle],
         replacements: int,
         report: Report,
+        places: Places | None = None,
+        follow: Callable[[Pool], Elastic] | None = None,
     ) -> None:
         self._config = config
         self._deadlines = deadlines
         self._measured = Deadlines(deadlines)
         self._watch = Watch(silence_s=deadlines.silence_s)
-        self._pool = Pool(role="rollout", size=config.workers, make=make, replacements=replacements, report=report)
+        self._pool = Pool(
+            role="rollout",
+            places=places or Anywhere(range(config.workers)),
+            make=make,
+            deadlines=deadlines,
+            replacements=replacements,
+            minimum=config.min_workers,
+            report=report,
+        )
+        self._elastic = None if follow is None else follow(self._pool)
+        self._report = report
         self._publication: Publication | None = None
 
     @property
@@ -48,37 +63,47 @@ class RolloutPool:
 
     def started(self) -> dict[str, str]:
         """Wait until every engine is ready, and say on which node each worker is."""
-        return self._pool.started(deadline_s=self._deadlines.start_s)
+        return self._pool.started()
 
     def generate(self, requests: Sequence[RolloutRequest], *, policy_version: int) -> Iterator[Finished]:
         """Yield each response as it is finished; what a lost worker owed is asked of its replacement."""
-        shares = schedule.shares(len(requests), workers=len(self._pool.members))
-        owed = {
-            member.index: {requests[i].key: requests[i] for i in share}
-            for member, share in zip(self._pool.members, shares, strict=True)
-        }
+        members = self._pool.members
+        parts = schedule.dealt(requests, workers=len(members))
+        owed = {member.index: part for member, part in zip(members, parts, strict=True)}
         batch = Generation(self, self._watch, owed, policy_version=policy_version)
         with self._measured.measuring("generate", size=len(requests)):
             yield from batch.responses(bound=lambda: self._measured.bound("generate", size=len(requests)))
 
     def load(self, publication: Publication) -> tuple[VersionProof, ...]:
-        """Bring every worker to the published version and have each prove it."""
+        """Bring every worker to the published version and have each prove it; before that, let workers come and go."""
+        if self._elastic is not None and self._elastic.renew():
+            self._measured.forget()  # another number of workers takes another time
         self._publication = publication
         with self._measured.measuring("publish"):
             if publication.broadcast is None:
                 refs = [self._load(member.handle, publication) for member in self._pool.members]
             else:
                 refs = self._received(publication.manifest, publication.broadcast)
-            members = list(self._pool.members)
-            return tuple(self._proven(member, ref, publication) for member, ref in zip(members, refs, strict=True))
+            members = self._pool.members
+            proofs = [self._proven(member, ref, publication) for member, ref in zip(members, refs, strict=True)]
+            return tuple(proof for proof in proofs if proof is not None)
 
     def fetch(self, finished: Sequence[Finished]) -> list[Rollout]:
-        """Bring responses to this process, for people to read or for a file."""
+        """Bring responses to this process, for people to read or for a file.
+
+        Raises:
+            LostDataError: If some are gone with the node or the worker that sampled them.
+        """
         timeout_s = self._deadlines.generate_s
-        return resolve([f.payload for f in finished], lambda steps: ray.get(steps, timeout=timeout_s))
+        try:
+            return resolve([f.payload for f in finished], lambda steps: ray.get(steps, timeout=timeout_s))
+        except GONE as error:
+            raise LostDataError(f"sampled responses are gone: {first_line(error)}") from error
 
     def stop(self) -> None:
         """Stop every worker."""
+        if self._elastic is not None:
+            self._elastic.stop()
         self._pool.stop()
 
     def replace(self, member: Member, error: BaseException) -> tuple[Member, Any]:
@@ -103,9 +128,24 @@ class RolloutPool:
 
         Returns:
             Its proof; None if nothing has been published yet.
+
+        Raises:
+            NoPlaceError: If the cluster has no room for it.
+            LearnerLostError: If the published weights are gone, which lay with the learner.
         """
-        self._pool.admit(fresh, deadline_s=self._deadlines.start_s)
-        return None if self._publication is None else self._judged(fresh, ref, self._publication.manifest)
+        self._pool.admit(fresh)
+        try:
+            return None if self._publication is None else self._judged(fresh, ref, self._publication.manifest)
+        except LostDataError as error:
+            raise LearnerLostError(f"the weights for {fresh.name} are gone with the learner's node") from error
+
+    def without_place(self, member: Member) -> bool:
+        """Say whether the cluster has had no room for a replacement for too long."""
+        return self._pool.without_place(member)
+
+    def leave(self, member: Member) -> None:
+        """Go on without a worker that has no place."""
+        self._pool.leave(member)
 
     def _load(self, handle: Handle, publication: Publication) -> Any:
         timeout_s = self._deadlines.publish_s
@@ -137,8 +177,12 @@ class RolloutPool:
         broadcast.finish()
         return list(refs)
 
-    def _proven(self, member: Member, ref: Any, publication: Publication) -> VersionProof:
-        """Judge a worker's proof; a worker without a good one is fenced, refreshed, and replaced if that fails."""
+    def _proven(self, member: Member, ref: Any, publication: Publication) -> VersionProof | None:
+        """Judge a worker's proof; a worker without a good one is fenced, refreshed, and replaced if that fails.
+
+        Returns:
+            The proof; None if the worker was lost and the cluster has no room for another.
+        """
         try:
             return self._judged(member, ref, publication.manifest)
         except Exception as error:  # noqa: BLE001 - the supervision boundary: whatever it was, it is no proof
@@ -157,17 +201,30 @@ class RolloutPool:
         check_proof(proof, manifest, bound=self._config.logprob_gap_bound)
         return proof
 
-    def _refreshed(self, member: Member, publication: Publication, first: BaseException) -> VersionProof:
+    def _refreshed(self, member: Member, publication: Publication, first: BaseException) -> VersionProof | None:
         """Load the version once more, and into a fresh process if it fails again."""
         if not isinstance(first, LATE):
+            self._report(
+                Incident(
+                    kind="worker_fenced",
+                    what=f"{member.name} could not prove version {publication.manifest.policy_version}: "
+                    f"{first_line(first)}",
+                    where=member.name,
+                    cause=str(first),
+                    action="it loads the version once more, and is replaced if that fails too",
+                )
+            )
             ref = self._load(member.handle, publication)  # what the learner fails at is not this worker's fault
             try:
                 return self._judged(member, ref, publication.manifest)
             except Exception as error:  # noqa: BLE001 - likewise
                 first = error
-        proof = self.admit(*self.replace(member, first))
-        assert proof is not None  # this version has just been published
-        return proof
+        fresh, ready = self.replace(member, first)
+        try:
+            return self.admit(fresh, ready)
+        except NoPlaceError:
+            self._pool.leave(fresh)
+            return None
 
 
 class StaleProofError(RuntimeError):

@@ -118,8 +118,13 @@ class RunDirectory:
 
     @property
     def workers(self) -> Path:
-        """Which node each worker was started on."""
+        """Which node each worker is on."""
         return self.root / "workers.json"
+
+    @property
+    def leaving(self) -> Path:
+        """A file for every rollout worker that shall leave."""
+        return self.root / "leaving"
 
     @property
     def finished(self) -> Path:

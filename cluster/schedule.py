@@ -200,3 +200,8 @@ def groups(keys: Sequence[RolloutKey], *, size: int) -> tuple[tuple[RolloutKey, 
 def shares(num: int, *, workers: int) -> tuple[range, ...]:
     """Deal requests out to rollout workers: worker w gets the positions w, w + W, w + 2W, ..."""
     return tuple(range(worker, num, workers) for worker in range(workers))
+
+
+def dealt(owed: Sequence[RolloutRequest], *, workers: int) -> tuple[dict[RolloutKey, RolloutRequest], ...]:
+    """Deal requests out to so many workers, by key. What one of them cannot do may be dealt to the others again."""
+    return tuple({owed[i].key: owed[i] for i in share} for share in shares(len(owed), workers=workers))

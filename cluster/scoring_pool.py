@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from cluster import schedule
 from cluster.deadlines import Deadlines
-from cluster.pool import Member, Pool, Report
+from cluster.pool import Anywhere, Member, Places, Pool, Report
 from cluster.supervision import FAILURES, LATE, Handle, Watch, wait
 from configs.cluster import DeadlinesConfig
 from configs.scoring import HELDOUT, ModelRewardConfig, ScoringConfig
 from protocol import metrics as names
+from protocol.errors import NoPlaceError
 from protocol.messages import ReferenceSummary, RewardScores, RolloutKey
 from protocol.records import Text
 from protocol.roles import Finished, ScoredGroup, ScoredReferences, ScoringSummary
@@ -41,14 +42,15 @@ class ScoringPool:
         make_reference: Callable[[int, str], Handle],
         replacements: int,
         report: Report,
+        places: tuple[Places, Places] | None = None,
     ) -> None:
         self._config = config
-        self._deadlines = deadlines
         self._measured = Deadlines(deadlines)
         self._watch = Watch(silence_s=deadlines.silence_s)
-        supervised: dict[str, Any] = {"replacements": replacements, "report": report}
-        self.rewards = Pool(role="reward", size=config.workers, make=make_reward, **supervised)
-        self.references = Pool(role="reference", size=config.reference_workers, make=make_reference, **supervised)
+        supervised: dict[str, Any] = {"deadlines": deadlines, "replacements": replacements, "report": report}
+        rewards, references = places or (Anywhere(range(config.workers)), Anywhere(range(config.reference_workers)))
+        self.rewards = Pool(role="reward", places=rewards, make=make_reward, **supervised)
+        self.references = Pool(role="reference", places=references, make=make_reference, **supervised)
         self._loaded: dict[str, Any] = {}
         """What every reward worker has loaded since it started; a replacement loads it too."""
         self._groups: tuple[tuple[RolloutKey, ...], ...] = ()
@@ -66,8 +68,7 @@ class ScoringPool:
 
     def started(self) -> dict[str, str]:
         """Wait until every model is loaded, and say on which node each worker is."""
-        deadline = self._deadlines.start_s
-        return self.rewards.started(deadline_s=deadline) | self.references.started(deadline_s=deadline)
+        return self.rewards.started() | self.references.started()
 
     def begin(self, keys: Sequence[RolloutKey]) -> None:
         """Fix the groups of a batch."""
@@ -202,7 +203,11 @@ class ScoringPool:
     def _replace(self, pool: Pool, lost: Member, error: BaseException) -> None:
         fresh = pool.replace(lost, cause=error)
         self._measured.forget()
-        pool.admit(fresh, deadline_s=self._deadlines.start_s)
+        try:
+            pool.admit(fresh)
+        except NoPlaceError:
+            pool.leave(fresh)  # the others take its groups
+            return
         if pool is self.rewards:
             self._wait([fresh.handle.load.remote(**self._loaded)], f"loading {fresh.name}", [fresh])
 

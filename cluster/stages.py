@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import checkpoint, evaluation, guards, lineage, resumption, retention, schedule
+from cluster import checkpoint, evaluation, guards, lineage, resumption, retention, schedule, tracking
 from cluster.collection import Collection
 from cluster.committer import Committer
 from cluster.crew import Crew
@@ -21,6 +21,7 @@ from cluster.evaluation import Evaluation
 from cluster.incident_log import IncidentLog
 from cluster.learner_group import Progress
 from cluster.lineage import Artefact
+from cluster.losses import LostBatches
 from cluster.prompts import PromptSource, PromptStream
 from cluster.ranking import Ranking
 from cluster.refresh import Refresh
@@ -29,11 +30,11 @@ from cluster.run_directory import RunDirectory
 from cluster.schedule import Phase, RunState
 from cluster.scores import Scores
 from cluster.stopping import STOPPING, Stopped
-from cluster.tracking import Sinks, read_lines
+from cluster.tracking import Sinks
 from configs.load import config_hash
 from configs.run import RunConfig
 from protocol import metrics as names
-from protocol.errors import LearnerLostError, UserError
+from protocol.errors import LearnerLostError, Resumable, UserError
 from protocol.files import write_json
 from protocol.messages import IterationReport, RoundReport
 
@@ -105,6 +106,7 @@ class RunStages:
         self._progress = progress
         self.incidents = incidents
         self._restarts = Restarts(config.cluster.learner_restarts, report=incidents)
+        self._lost_batches = LostBatches(incidents, allowed=config.cluster.worker_replacements)
         self._standstill: _Standstill | None = None
         self._committer = Committer(directory.checkpoints, settings=config.cluster, report=incidents)
         self._sinks: Sinks | None = None
@@ -226,9 +228,17 @@ class RunStages:
         self.crew.publish(state.policy_version)
         self._stands(state)
         if self._sinks is None:
-            self._sinks = self._open_sinks(self._standing_iterations(state))
-        self._history = self._standing(state)
-        return Roles(rollouts=self.crew.rollouts, scoring=scoring, learner=self.crew.learner, prompts=stream)
+            self._sinks = self._open_sinks(
+                tracking.standing_iterations(self.directory.metrics, round=state.round, iteration=state.iteration)
+            )
+        self._history = tracking.round_lines(self.directory.metrics, round=state.round, iterations=state.iteration)
+        return Roles(
+            rollouts=self.crew.rollouts,
+            scoring=scoring,
+            learner=self.crew.learner,
+            prompts=stream,
+            lost=self._lost_batches,
+        )
 
     def alarm(self, report: IterationReport) -> str | None:
         """Judge an iteration by the round's guards."""
@@ -257,6 +267,9 @@ class RunStages:
         self.incidents.at(state)
         if STOPPING.asked:
             raise Stopped
+        if ranks := self.crew.ranks_to_go():
+            self.save()
+            raise Resumable(f"Ray drains the node of {', '.join(ranks)}; the same command goes on from this iteration")
 
     def evaluate(self, state: RunState) -> None:
         """Export the policy that the round ends with, and compare it with the supervised one."""
@@ -284,7 +297,7 @@ class RunStages:
         """Place the round's policy on the ladder, and keep the round's report."""
         best = self._ranking.rank(state) if self._prompts.held_out() else state.best_version
         state = schedule.promoted(state, best)
-        history = self._standing(state)
+        history = tracking.round_lines(self.directory.metrics, round=state.round, iterations=state.iteration)
         report = RoundReport(
             round=state.round,
             policy_version=state.policy_version,
@@ -332,20 +345,6 @@ class RunStages:
             if latest.driver["state"]["round"] == state.round:
                 self.crew.learner.load(latest.directory / "learner")
         return stream
-
-    def _standing(self, state: RunState) -> list[dict[str, float]]:
-        """Read the metrics of this round's iterations that stand."""
-        return [
-            metrics
-            for metrics in read_lines(self.directory.metrics)
-            if metrics[names.COUNTER_ROUND] == state.round and metrics[names.COUNTER_ITERATION] < state.iteration
-        ]
-
-    def _standing_iterations(self, state: RunState) -> int:
-        """Count the lines of metrics.jsonl that a resume does not repeat."""
-        here = (state.round, state.iteration)
-        places = [(m[names.COUNTER_ROUND], m[names.COUNTER_ITERATION]) for m in read_lines(self.directory.metrics)]
-        return sum(place < here for place in places)
 
     def _note_policy(
         self, version: int, *, round: int, parents: tuple[str, ...], data: dict[str, Any] | None = None

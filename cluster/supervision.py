@@ -4,14 +4,14 @@ A worker that computes answers `status` from a thread of its own. One that was s
 not, and would otherwise be waited for until the deadline of its work, which must be long.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Protocol, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
-from protocol.errors import UserError
+from protocol.errors import LostDataError, NoPlaceError, UserError
 
 Handle = Any
 
@@ -28,6 +28,8 @@ FAILURES = (RayActorError, SilentWorkerError)
 """What a lost worker looks like to the driver, as opposed to a worker that raised an error of its own."""
 LATE = (*FAILURES, DeadlineError)
 """Likewise, where a worker that answers and does not finish is replaced too."""
+GONE = (ObjectLostError, RayActorError)
+"""What an object looks like that lay on a lost node: Ray may put the death of the worker that made it in its place."""
 
 
 class Watched(Protocol):
@@ -41,6 +43,33 @@ class Watched(Protocol):
     @property
     def handle(self) -> Handle:
         """Its Ray actor."""
+        ...
+
+
+class Starting(Watched, Protocol):
+    """A worker that has been asked for."""
+
+    @property
+    def index(self) -> int:
+        """Its place."""
+        ...
+
+    @property
+    def asked(self) -> float:
+        """When it was asked for, on the monotonic clock."""
+        ...
+
+
+class Patience(Protocol):
+    """Whom to ask, and how often, while a result does not come."""
+
+    @property
+    def quiet_s(self) -> float:
+        """How long nothing may come before the workers are asked."""
+        ...
+
+    def require_answers(self, workers: Sequence[Any], /) -> None:
+        """Raise what is wrong with the workers, if anything is."""
         ...
 
 
@@ -100,14 +129,48 @@ class Watch:
         )
 
 
+class PlaceWatch:
+    """Finds the workers that cannot start because the cluster has no room for them.
+
+    Args:
+        granted: Says whether a place is granted.
+        placement_s: How long a worker may be without one.
+    """
+
+    quiet_s = 1.0
+
+    def __init__(self, granted: Callable[[int], bool], *, placement_s: float) -> None:
+        self._granted = granted
+        self._placement_s = placement_s
+
+    def without_place(self, worker: Starting) -> bool:
+        """Say whether a worker has waited too long for its place."""
+        return monotonic() - worker.asked > self._placement_s and not self._granted(worker.index)
+
+    def require_answers(self, workers: Sequence[Starting]) -> None:
+        """Look for workers without places.
+
+        Raises:
+            NoPlaceError: Naming the first.
+        """
+        for worker in workers:
+            if self.without_place(worker):
+                raise NoPlaceError(self.complaint(worker))
+
+    def complaint(self, worker: Starting) -> str:
+        """Say what is wrong with a worker without a place."""
+        key = "cluster.deadlines.placement_s"
+        return f"the cluster had no room for {worker.name} within {key} = {self._placement_s:g} s"
+
+
 def wait(
     refs: Sequence[Any],
     *,
     deadline_s: float,
     what: str,
     key: str,
-    watch: Watch | None = None,
-    workers: Sequence[Watched] = (),
+    watch: Patience | None = None,
+    workers: Sequence[Any] = (),
 ) -> list[Any]:
     """Fetch results, or say what was waited for.
 
@@ -116,7 +179,7 @@ def wait(
         deadline_s: The bound on the whole wait.
         what: What is being waited for, for the message.
         key: The configuration key of the deadline.
-        watch: Asks the workers whether they live, whenever nothing has come for a while.
+        watch: Asks the workers what is wrong, whenever nothing has come for a while.
         workers: Whose results they are.
 
     Returns:
@@ -125,6 +188,7 @@ def wait(
     Raises:
         DeadlineError: If they are not all there in time.
         SilentWorkerError: If a worker stopped answering.
+        LostDataError: If a worker could not fetch what it was given.
         Exception: What the worker raised, itself rather than wrapped. The first failure ends the wait: the others may
             be waiting for the one that failed.
     """
@@ -155,7 +219,7 @@ def _result_of(ref: Any) -> Any:
         return ray.get(ref, timeout=_TRANSFER_S)
     except GetTimeoutError:
         raise DeadlineError(f"a result that was ready did not arrive within {_TRANSFER_S:g} s") from None
-    except RayTaskError as error:
+    except RayTaskError as error:  # which is Ray's actor error too, where that is what the worker met
         raise cause_of(error) from None
 
 
@@ -166,12 +230,19 @@ _TRANSFER_S = 120.0
 def cause_of(error: RayTaskError) -> Exception:
     """Unwrap what a worker raised; Ray's wrapper stays as its cause for `--traceback`."""
     inner = getattr(error, "cause", None)
+    if isinstance(inner, GONE):
+        return LostDataError(f"what a worker was to fetch is gone: {first_line(inner)}")
     if isinstance(inner, UserError):
         return inner
     if isinstance(inner, Exception):
         inner.__cause__ = error
         return inner
     return error
+
+
+def died_with_node(error: BaseException) -> bool:
+    """Say whether Ray blames a worker's death on its node; the error says so in its text alone."""
+    return isinstance(error, ActorDiedError) and "its node has died" in str(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -80,6 +80,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def round_lines(path: Path, *, round: int, iterations: int) -> list[dict[str, Any]]:
+    """Read the metrics of a round's first iterations: those that a resume does not repeat."""
+    return [
+        metrics
+        for metrics in read_lines(path)
+        if metrics[names.COUNTER_ROUND] == round and metrics[names.COUNTER_ITERATION] < iterations
+    ]
+
+
+def standing_iterations(path: Path, *, round: int, iteration: int) -> int:
+    """Count the lines of metrics.jsonl that stand where a run goes on at this iteration of this round."""
+    places = [(metrics[names.COUNTER_ROUND], metrics[names.COUNTER_ITERATION]) for metrics in read_lines(path)]
+    return sum(place < (round, iteration) for place in places)
+
+
 def metrics_lines(report: IterationReport) -> dict[str, float]:
     """Lay out an iteration for metrics.jsonl: flat, in the order of names."""
     return {name: report.metrics[name] for name in sorted(report.metrics)}

@@ -68,7 +68,8 @@ class ClusterConfig(Section):
     placement: PlacementConfig = PlacementConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
     worker_replacements: NonNegativeInt = 3
-    """How many lost workers of each kind (rollout, reward, reference) may be replaced while this command runs."""
+    """How many lost workers of each kind (rollout, reward, reference) may be replaced while this command runs, and how
+    often a batch that was lost with a node may be sampled again."""
     learner_restarts: NonNegativeInt = 3
     """How often the learner's ranks may be started again, all together, from the last checkpoint."""
     checkpoint_period_iterations: PositiveInt = 20

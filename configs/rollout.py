@@ -19,6 +19,12 @@ class RolloutConfig(Section):
     """Rollout workers: each one owns a vLLM engine."""
 
     workers: PositiveInt = 1
+    min_workers: PositiveInt = 1
+    """With fewer the run stops: workers whose nodes are gone, and for which the cluster has no room, are gone on
+    without as long as so many are left, and no more are let go by `rondo workers drain` or a node that is drained."""
+    max_workers: PositiveInt | None = None
+    """Where a growing cluster has room, workers join, one at a time, until there are so many; by default as many as
+    `workers`, with which the run starts: those that were gone on without come back."""
     tensor_parallel: PositiveInt = 1
     """Accelerators an engine spans (1 on a CPU)."""
     cpus_per_worker: PositiveFloat = 1.0
@@ -55,6 +61,15 @@ class RolloutConfig(Section):
     logprob_gap_bound: NonNegativeFloat = 1e-3
     """Largest allowed gap, in nats, between the engine's and the learner's log-prob of the canary's tokens after a
     publish. bfloat16 needs about 0.1."""
+
+    @model_validator(mode="after")
+    def _workers_in_order(self) -> Self:
+        if not self.min_workers <= self.workers <= (self.max_workers or self.workers):
+            raise ValueError(
+                f"rollout.min_workers = {self.min_workers}, rollout.workers = {self.workers} and rollout.max_workers = "
+                f"{self.max_workers} must not fall"
+            )
+        return self
 
     @property
     def responses_per_iteration(self) -> int:

@@ -198,12 +198,13 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _controller_can_steer(self) -> Self:
         algorithm = self.algorithm
-        if not isinstance(algorithm, PenalizedBase) or algorithm.kl_controller.kind != "adaptive":
+        if not isinstance(algorithm, PenalizedBase) or algorithm.kl_controller.kind == "fixed":
             return self
+        kind = algorithm.kl_controller.kind
         if algorithm.kl_beta == 0:
-            raise ValueError("algorithm.kl_controller.kind = adaptive multiplies algorithm.kl_beta, which is 0")
+            raise ValueError(f"algorithm.kl_controller.kind = {kind} multiplies algorithm.kl_beta, which is 0")
         responses, horizon = self.rollout.responses_per_iteration, algorithm.kl_controller.horizon_episodes
-        if responses >= 5 * horizon:
+        if kind == "adaptive" and responses >= 5 * horizon:
             raise ValueError(
                 f"algorithm.kl_controller.horizon_episodes = {horizon} is too short for {responses} responses an "
                 "iteration: one update could take kl_beta to zero"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import socket
 
     from learner.comparisons import RewardModelJob
-    from learner.rank import Rank
+    from learner.rank import Group, Rank
     from protocol.broadcast import Meeting
 
 CONTROL_GROUP = "control"
@@ -50,6 +50,7 @@ class LearnerRank:
         self._listener: socket.socket | None = None
         self._meeting: Meeting | None = None
         self._rank: Rank | None = None
+        self._received: list[Group] = []
         self._doing = "starting"
 
     def address(self) -> tuple[str, int]:
@@ -104,24 +105,33 @@ class LearnerRank:
         with self._does("finish") as rank:
             rank.finish_rl()
 
-    def update(self, groups: Sequence[GroupReferences], *, round: int, iteration: int) -> UpdateReport:
-        """Learn from scored groups, fetched in key order.
+    def receive(self, groups: Sequence[GroupReferences]) -> None:
+        """Fetch scored groups, in key order, for the next `update`.
 
         Raises:
             ray.exceptions.GetTimeoutError: If a reference does not come within `cluster.deadlines.score_s`.
-            BatchRefusedError: If the batch must not be learned from.
+            ray.exceptions.RayError: If what it refers to is gone.
         """
         timeout_s = self._config.cluster.deadlines.score_s
-        with self._does("update") as rank:
+        with self._does("receive"):
             # One call fetches everything; rollouts that one engine step finished lie in one object.
             steps = dict.fromkeys(ref.step for rollouts, _, _ in groups for ref in rollouts)
             scores = [ref for _, rewards, reference in groups for ref in (rewards, reference)]
             found = dict(zip([*steps, *scores], ray.get([*steps, *scores], timeout=timeout_s), strict=True))
-            fetched = [
+            self._received = [
                 (resolve(rollouts, lambda refs: [found[ref] for ref in refs]), found[rewards], found[reference])
                 for rollouts, rewards, reference in groups
             ]
-            return rank.update(fetched, round=round, iteration=iteration)
+
+    def update(self, *, round: int, iteration: int) -> UpdateReport:
+        """Learn from the groups that were received.
+
+        Raises:
+            BatchRefusedError: If the batch must not be learned from.
+        """
+        with self._does("update") as rank:
+            groups, self._received = self._received, []
+            return rank.update(groups, round=round, iteration=iteration)
 
     def publish(self, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
         """Yield the buckets of a new version and then its manifest, on rank 0; nothing elsewhere."""

@@ -52,6 +52,14 @@ class WorkersLostError(RuntimeError):
     """More workers failed than may be replaced."""
 
 
+class NoPlaceError(WorkersLostError):
+    """The cluster has no room for a worker whose place was lost."""
+
+
+class LostDataError(RuntimeError):
+    """What a worker was to fetch lay on a node or with a worker that is gone; it must be made again."""
+
+
 class LearnerLostError(RuntimeError):
     """A rank of the learner died or does not answer; the ranks start again together, from the last checkpoint.
 

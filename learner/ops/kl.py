@@ -22,6 +22,8 @@ MAX_EXPONENT = 20.0
 """Log-ratios are clamped to plus or minus this, in nats, before they are exponentiated."""
 MAX_RELATIVE_ERROR = 0.2
 """The adaptive controller takes no error for larger than this fraction of its target."""
+TOLERATED_RATIO = 1.5
+"""The doubling controller leaves the coefficient alone while KL and target are within this factor of each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +241,24 @@ class FixedKLController:
         self.beta = beta
 
 
-class AdaptiveKLController(FixedKLController):
+class FactorKLController(FixedKLController):
+    """A controller that changes the coefficient by factors."""
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over the coefficient of a checkpoint.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ValueError: If the coefficient is missing, not positive (a factor would never move it) or not finite.
+        """
+        super().load_state_dict(state)
+        if self.beta == 0:
+            raise ValueError("an adaptive KL coefficient must start above zero: it changes by factors")
+
+
+class AdaptiveKLController(FactorKLController):
     """Moves the KL coefficient until the KL per sequence is at its target."""
 
     def update(self, kl: SequenceKL) -> None:
@@ -265,21 +284,33 @@ class AdaptiveKLController(FixedKLController):
         error = kl.nats / self.config.target_nats_per_sequence - 1
         self.beta *= 1 + min(max(error, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR) * step
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take over the coefficient of a checkpoint.
+
+class DoublingKLController(FactorKLController):
+    """Halves or doubles the KL coefficient where the KL per sequence is far from its target."""
+
+    def update(self, kl: SequenceKL) -> None:
+        """Double the coefficient if the KL is well above its target, and halve it if well below.
+
+            beta <- beta / 2 if KL < target / 1.5;  2 beta if KL > 1.5 target
+
+        Source: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), section 4.
 
         Args:
-            state: What `state_dict` returned.
+            kl: The KL of the batch that was just scored.
 
         Raises:
-            ValueError: If the coefficient is missing, not positive (a factor would never move it) or not finite.
+            TypeError: If given anything but a `SequenceKL`, such as the mean per token.
+            ValueError: If the KL is not finite.
         """
-        super().load_state_dict(state)
-        if self.beta == 0:
-            raise ValueError("an adaptive KL coefficient must start above zero: it changes by factors")
+        super().update(kl)
+        target = self.config.target_nats_per_sequence
+        if kl.nats < target / TOLERATED_RATIO:
+            self.beta /= 2
+        elif kl.nats > target * TOLERATED_RATIO:
+            self.beta *= 2
 
 
-KLController = FixedKLController | AdaptiveKLController
+KLController = FixedKLController | AdaptiveKLController | DoublingKLController
 
 
 def make_controller(config: KLControllerConfig, *, initial_beta: float) -> KLController:
@@ -293,7 +324,7 @@ def make_controller(config: KLControllerConfig, *, initial_beta: float) -> KLCon
         The controller; `beta` is the coefficient to use now.
 
     Raises:
-        ValueError: If the coefficient is not finite, negative, or zero for the adaptive controller.
+        ValueError: If the coefficient is not finite, negative, or zero for a controller that changes it.
     """
-    kind = AdaptiveKLController if config.kind == "adaptive" else FixedKLController
-    return kind(config, initial_beta=initial_beta)
+    kinds = {"fixed": FixedKLController, "adaptive": AdaptiveKLController, "doubling": DoublingKLController}
+    return kinds[config.kind](config, initial_beta=initial_beta)

@@ -30,6 +30,7 @@ ONLY_IN = {
     "deepspeed": ("learner/engine.py",),
     "ray": (
         "cluster/placement.py",
+        "cluster/elastic.py",
         "cluster/faults.py",
         "cluster/generation.py",
         "cluster/pool.py",

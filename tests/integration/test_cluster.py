@@ -103,6 +103,7 @@ def submit(head: dict[str, str], token: str | None, *arguments: str) -> subproce
         time.sleep(1)
 
 
+@pytest.mark.slow
 def test_a_job_trains_with_the_token_and_is_refused_without(head: dict[str, str], tmp_path: Path) -> None:
     arguments = ("train", "quickstart", *tiny_overrides(tmp_path, "rounds.iterations=1"))
     refused = submit(head, "the-wrong-token-0123456789abcdef0123456789", *arguments)

@@ -1,6 +1,7 @@
 """Workers that die or stop in the middle of a run: it goes on, and ends where the undisturbed run ends."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SETTINGS = ("rounds.iterations=5", "cluster.checkpoint_period_iterations=2", "cluster.deadlines.silence_s=20.0")
 
 
-def run(directory: Path, *faults: str) -> tuple[Path, str]:
-    options = [part for fault in faults for part in ("--fault", fault)]
+def run(directory: Path, *faults: str, never: Sequence[str] = ()) -> tuple[Path, str]:
+    options = [part for fault in (*faults, *never) for part in ("--fault", fault)]
     done = rondo("train", "quickstart", *options, *tiny_overrides(directory, *SETTINGS), timeout_s=500)
     assert done.returncode == 0, done.stderr + done.stdout
     for fault in faults:
-        assert f"fault: {fault}" in done.stdout  # it did happen
+        assert f"fault: {fault} (process " in done.stdout  # it did happen
+    for fault in never:
+        assert f"fault: {fault} NEVER HAPPENED" in done.stdout
     return directory / "tiny", done.stdout
 
 
@@ -79,9 +82,38 @@ def test_the_learner_goes_on_from_its_checkpoint_bit_for_bit(undisturbed: Path, 
 
 
 def test_a_short_pause_is_no_loss(undisturbed: Path, tmp_path: Path) -> None:
-    directory, _ = run(tmp_path, "rollout-0:serving:pause=4@1", "learner-0:update:pause=4@2")
+    pauses = ("rollout-0:serving:pause=4@1", "learner-0:update:pause=4@2")
+    directory, _ = run(tmp_path, *pauses, never=["rollout-7:serving:kill"])
     assert incidents_of(directory) == []
     assert figures(directory) == figures(undisturbed)
+
+
+@pytest.mark.parametrize("who", ["rollout-0:serving", "reference-0:scoring", "learner-0:update", "driver-0:serving"])
+def test_an_exception_ends_the_run_with_its_cause_and_the_same_command_goes_on(
+    undisturbed: Path, tmp_path: Path, who: str
+) -> None:
+    """Another worker would meet the same error again: it is not tried."""
+    arguments = tiny_overrides(tmp_path, *SETTINGS)
+    done = rondo("train", "quickstart", "--fault", f"{who}:raise@3", *arguments)
+    assert done.returncode == 1, done.stderr + done.stdout
+    assert "an exception on purpose" in done.stderr
+    again = rondo("train", "quickstart", *arguments)
+    assert again.returncode == 0, again.stderr + again.stdout
+    assert figures(tmp_path / "tiny") == figures(undisturbed)
+
+
+def test_a_batch_that_is_refused_again_after_a_rollback_stops_the_run_with_the_cause(tmp_path: Path) -> None:
+    """A bound that no engine keeps refuses the first batch: all ranks go back, meet the same batch, and it is said."""
+    strict = ("learner.on_nonfinite=rollback", "learner.guards.logprob_gap_mean_nats=1e-12")
+    done = rondo("train", "quickstart", *tiny_overrides(tmp_path, *SETTINGS, *strict))
+    assert done.returncode == 1, done.stderr + done.stdout
+    assert "learner.guards.logprob_gap_mean_nats" in done.stderr
+    found = incidents_of(tmp_path / "tiny")
+    assert {incident["kind"] for incident in found} == {"untrusted_batch", "rolled_back"}
+    rollbacks = sorted((i for i in found if i["kind"] == "rolled_back"), key=lambda incident: incident["at"])
+    assert len(rollbacks) == 2
+    assert rollbacks[1]["action"] == "the run stops: after a rollback the learner refuses the same iteration again"
+    assert metrics_of(tmp_path / "tiny") == []  # nothing was learned from it
 
 
 def test_a_run_without_replacements_left_keeps_what_it_has_and_says_why(tmp_path: Path) -> None:

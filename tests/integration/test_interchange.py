@@ -13,6 +13,7 @@ from configs.rollout import RolloutConfig
 from tests.integration.test_train import ROOT, rondo
 from tests.tiny_run import tiny_overrides
 
+pytestmark = pytest.mark.slow
 GREEDY = """
 import json, sys
 import numpy as np, torch
@@ -83,7 +84,6 @@ def test_greedy_tokens_are_equal_in_transformers_and_vllm(exported: Path) -> Non
     assert all(result["vllm"])
 
 
-@pytest.mark.slow
 def test_the_number_of_rollout_workers_changes_no_token(exported: Path, tmp_path: Path) -> None:
     """One worker trained the fixture; two and three sample the same tokens by key in the first iteration."""
     from pyarrow import parquet

@@ -77,7 +77,8 @@ def groups_of(iteration: int, version: int = 1) -> list[tuple[list[Any], Any, An
 
 def learn(ranks: list[Any], iteration: int, *, version: int) -> Any:
     groups = groups_of(iteration, version)
-    reports = ray.get([r.update.remote(groups, round=1, iteration=iteration) for r in ranks], timeout=120)
+    ray.get([rank.receive.remote(groups) for rank in ranks], timeout=60)
+    reports = ray.get([rank.update.remote(round=1, iteration=iteration) for rank in ranks], timeout=120)
     assert reports[0] == reports[1]
     return reports[0]
 
@@ -133,7 +134,8 @@ def test_a_batch_that_cannot_be_learned_from_is_kept(cluster: None, models: tupl
     ranks = start(config, models, tmp_path)
     publish(ranks, 1)
     groups = broken_groups()
-    refs = [rank.update.remote(groups, round=1, iteration=0) for rank in ranks]
+    ray.get([rank.receive.remote(groups) for rank in ranks], timeout=60)
+    refs = [rank.update.remote(round=1, iteration=0) for rank in ranks]
     for ref in refs:
         with pytest.raises(RuntimeError, match=r"score is not finite at rollout r1/i0/p0011#0"):
             ray.get(ref, timeout=60)

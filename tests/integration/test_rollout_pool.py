@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from actors import worker as rollout_worker
-from cluster.pool import WorkersLostError
+from cluster.pool import Anywhere
 from cluster.rollout_pool import RolloutPool
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
+from protocol.errors import WorkersLostError
 from protocol.incidents import Incident
 from protocol.messages import Prompt, RolloutKey, RolloutRequest
 from protocol.roles import Publication
@@ -62,13 +63,18 @@ def incidents() -> list[Incident]:
 
 
 @pytest.fixture
-def pool(cluster: None, model: Path, incidents: list[Incident]) -> Iterator[RolloutPool]:
+def make(model: Path) -> Callable[[int, str], Any]:
     environment = {"env_vars": rollout_worker.environment(CONFIG, "cpu")}
 
     def make(index: int, name: str) -> Any:
         remote = rollout_worker.remote_class().options(num_cpus=0.5, runtime_env=environment)
         return remote.remote(name=name, model_path=str(model), config=CONFIG, backend="cpu", policy_version=0)
 
+    return make
+
+
+@pytest.fixture
+def pool(cluster: None, make: Callable[[int, str], Any], incidents: list[Incident]) -> Iterator[RolloutPool]:
     deadlines = DeadlinesConfig(floor_s=3.0)  # it bounds nothing before three batches have been measured
     made = RolloutPool(CONFIG, deadlines, make=make, replacements=1, report=incidents.append)
     made.started()
@@ -77,7 +83,7 @@ def pool(cluster: None, model: Path, incidents: list[Incident]) -> Iterator[Roll
 
 
 def test_a_worker_lost_while_serving_is_replaced_and_nothing_is_lost_or_doubled(
-    pool: RolloutPool, model: Path, caplog: pytest.LogCaptureFixture
+    pool: RolloutPool, model: Path, incidents: list[Incident], caplog: pytest.LogCaptureFixture
 ) -> None:
     pool.load(publication(model, 1))
     requests = make_requests(40)
@@ -102,8 +108,46 @@ def test_a_worker_lost_while_serving_is_replaced_and_nothing_is_lost_or_doubled(
         list(pool.generate(requests, policy_version=1))
 
 
+class NoRoom(Anywhere):
+    """Places of which the second is never granted again."""
+
+    def granted(self, index: int) -> bool:
+        return index == 0
+
+
+def test_what_a_worker_without_a_place_owes_is_dealt_to_the_others(
+    cluster: None, make: Callable[[int, str], Any], incidents: list[Incident]
+) -> None:
+    pool = RolloutPool(
+        CONFIG,
+        DeadlinesConfig(placement_s=0.5, silence_s=60),
+        make=make,
+        replacements=1,
+        report=incidents.append,
+        places=NoRoom(range(2)),
+    )
+    try:
+        ray.get([member.handle.status.remote() for member in pool.members], timeout=120)
+        requests = make_requests(40)
+        expected = {f.meta.key for f in pool.generate(requests, policy_version=0)}
+        seen: list[RolloutKey] = []
+        for finished in pool.generate(requests, policy_version=0):
+            if not seen:
+                ray.kill(pool.members[1].handle, no_restart=True)
+            seen.append(finished.meta.key)
+        assert sorted(seen) == sorted(expected)
+        assert [member.name for member in pool.members] == ["rollout-0"]
+        assert [incident.kind for incident in incidents] == ["worker_lost", "worker_unplaced"]
+        assert len(list(pool.generate(requests, policy_version=0))) == 40
+        ray.kill(pool.members[0].handle, no_restart=True)
+        with pytest.raises(WorkersLostError, match=r"cluster\.worker_replacements is used up"):
+            list(pool.generate(requests, policy_version=0))
+    finally:
+        pool.stop()
+
+
 def test_a_worker_without_proof_is_fenced_refreshed_and_readmitted(
-    pool: RolloutPool, model: Path, caplog: pytest.LogCaptureFixture
+    pool: RolloutPool, model: Path, incidents: list[Incident], caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail_once(worker: Any) -> None:
         # The next load leaves one weight as it was, as a lost message would.
@@ -122,6 +166,7 @@ def test_a_worker_without_proof_is_fenced_refreshed_and_readmitted(
     with caplog.at_level(logging.WARNING):
         proofs = pool.load(publication(model, 1))
     assert "rollout-0 is fenced, it could not prove version 1" in caplog.text
+    assert [(incident.kind, incident.where) for incident in incidents] == [("worker_fenced", "rollout-0")]
     assert [proof.worker for proof in proofs] == ["rollout-0", "rollout-1"]
     assert all(proof.canary_gap_max < 1e-4 for proof in proofs)
     assert len(list(pool.generate(make_requests(6), policy_version=1))) == 6

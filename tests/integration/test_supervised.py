@@ -100,6 +100,7 @@ def weights(directory: Path) -> bytes:
     return (directory / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_the_stages_do_not_depend_on_the_ranks(tmp_path: Path) -> None:
     directories = [tmp_path / name for name in ("one", "again", "two")]

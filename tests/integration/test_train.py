@@ -120,6 +120,7 @@ def test_the_exports_load_in_transformers_and_score_as_in_the_pool(trained: tupl
         assert row["component/reward_model"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_runs_end_in_the_same_parameters_bit_for_bit(trained: tuple[Path, str], tmp_path: Path) -> None:
     again = rondo("train", "quickstart", *tiny_overrides(tmp_path, "rounds.iterations=4"))
     assert again.returncode == 0, again.stderr

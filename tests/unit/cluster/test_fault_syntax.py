@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from cluster.faults import parse
+from cluster.faults import InjectedError, fail, parse
 from protocol.errors import UserError
 
 
@@ -19,6 +20,8 @@ from protocol.errors import UserError
         ("rollout-0:serving:kill@3", ((signal.SIGKILL, 0.0),)),
         ("learner-1:update:stop", ((signal.SIGSTOP, 0.0),)),
         ("reward-0:scoring:pause=4", ((signal.SIGSTOP, 0.0), (signal.SIGCONT, 4.0))),
+        ("driver-0:save:kill", ((signal.SIGKILL, 0.0),)),
+        ("learner-0:update:raise", ()),
         ("reference-0:idle:slow=0.5", ((signal.SIGSTOP, 0.05), (signal.SIGCONT, 0.2)) * 2),
     ],
 )
@@ -33,7 +36,17 @@ def test_role_place_state_and_iteration_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["rollout-0:serving:slow", "rollout-0:serving:slow=-1", "driver-0:serving:kill", "kill"]
+    "text",
+    [
+        "rollout-0:serving:slow",
+        "rollout-0:serving:slow=-1",
+        "kill",
+        "judge-0:serving:kill",
+        "rollout-0:servng:kill",
+        "rollout-0:update:kill",
+        "driver-1:serving:kill",
+        "driver-0:serving:node",
+    ],
 )
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is no fault"):
@@ -51,6 +64,35 @@ def test_a_slow_process_runs_on_and_uses_a_part_of_the_time() -> None:
         assert process.poll() is None
         process.kill()
     assert 0 < used < 0.5 * elapsed
+
+
+class Busy:
+    """Works until somebody makes it fail."""
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+        self.working = threading.Event()
+
+    def work(self) -> None:
+        try:
+            self.working.set()
+            while True:
+                time.sleep(0.001)
+        except InjectedError as error:
+            self.failure = error
+
+
+def test_an_exception_reaches_the_thread_that_works_and_no_other() -> None:
+    one, other = Busy(), Busy()
+    threads = [threading.Thread(target=busy.work, daemon=True) for busy in (one, other)]
+    for thread in threads:
+        thread.start()
+    assert one.working.wait(10)
+    assert fail(one)
+    threads[0].join(timeout=10)
+    assert "on purpose" in str(one.failure)
+    assert threads[1].is_alive()
+    assert not fail(one)  # which does nothing now
 
 
 def used_s(pid: int) -> float:

@@ -308,6 +308,16 @@ def test_a_policy_that_is_not_promoted_and_a_gate_that_closes_are_said(tmp_path:
     assert "On the ladder no version is ahead of SFT beyond doubt, so v000 stays the best of 3." in text
 
 
+def test_a_gate_that_could_not_tell_is_shown_with_its_reason(tmp_path: Path) -> None:
+    config = written_config(tmp_path)
+    directory = write_run(config, num_prompts=4)
+    path = directory.root / "reward_models" / "v001" / "reward_model_report.json"
+    undecided = {"incumbent": "v000", "pairs": "newest", "passed": False, "num_prompts": 3, "why": "3 are too few"}
+    write_json(path, json.loads(path.read_text()) | {"gate": undecided})
+    write_json(directory.refreshed(2), {"reward_version": 0, "why": "the old reward model stays: 3 are too few"})
+    assert "the old reward model stays: 3 are too few" in Page(reported(directory, config)).text
+
+
 def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     config = written_config(tmp_path)
     directory = claim(config)

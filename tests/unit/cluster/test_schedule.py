@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from cluster import schedule
 from cluster.schedule import Phase, RunState
@@ -109,3 +110,17 @@ def test_groups_and_shares_cover_the_batch_once() -> None:
     dealt = schedule.shares(10, workers=3)
     assert sorted(i for share in dealt for i in share) == list(range(10))
     assert [len(share) for share in dealt] == [4, 3, 3]
+
+
+@pytest.mark.parametrize(("num", "workers"), [(10, 3), (2, 5), (0, 1), (7, 1)])
+def test_what_is_dealt_and_dealt_again_is_all_there_once(num: int, workers: int) -> None:
+    prompts = [prompt(f"p{n}") for n in range(num)]
+    requests = schedule.requests(prompts, load("quickstart", []), round=1, iteration=0, samples=1)
+    first, *rest = schedule.dealt(requests, workers=workers)
+    assert sorted(key for part in (first, *rest) for key in part) == sorted(request.key for request in requests)
+    assert all(part[key].key == key for part in (first, *rest) for key in part)
+    others = max(len(rest), 1)
+    again = schedule.dealt(list(first.values()), workers=others)
+    assert len(again) == others
+    assert sorted(key for part in again for key in part) == sorted(first)
+    assert max(map(len, again)) - min(map(len, again)) <= 1

@@ -16,7 +16,7 @@ from cluster.run_directory import RunDirectory, claim
 from cluster.schedule import Phase, RunState
 from cluster.stages import Parts, RunStages
 from cluster.tracking import Sinks
-from protocol.errors import LearnerLostError, StorageError
+from protocol.errors import LearnerLostError, Resumable, StorageError
 from protocol.messages import IterationReport
 from tests.tiny_run import tiny_config
 
@@ -42,6 +42,7 @@ class Crew:
 
     def __init__(self, learner: Learner) -> None:
         self.learner = learner
+        self.draining: list[str] = []
 
     @property
     def updates(self) -> int:
@@ -49,6 +50,9 @@ class Crew:
 
     def holds(self, version: int) -> None:
         """Take note of nothing."""
+
+    def ranks_to_go(self) -> list[str]:
+        return self.draining
 
     def stop_learner(self) -> None:
         """Stop nothing."""
@@ -65,13 +69,13 @@ class Run:
         self.directory: RunDirectory = claim(self.config)
         self.learner = Learner()
         self.said: list[str] = []
-        crew = Crew(self.learner)
+        self.crew = Crew(self.learner)
         prompts = SimpleNamespace(
             stream=lambda: SimpleNamespace(state_dict=lambda: {"taken": self.learner.updates}), rewind=lambda: None
         )
         nothing: Any = None
         parts = Parts(
-            crew=cast("Any", crew),
+            crew=cast("Any", self.crew),
             collection=nothing,
             refresh=cast("Any", SimpleNamespace(heldout=None)),
             prompts=cast("Any", prompts),
@@ -160,6 +164,14 @@ def test_a_run_that_must_stop_keeps_what_the_learner_holds(tmp_path: Path) -> No
     run.learner.updates += 1  # it has moved on from the end of the iteration
     run.stages.save()
     assert run.learner.attempts == 2
+
+
+def test_a_run_whose_learner_is_on_a_node_that_is_drained_is_committed_and_ends(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.crew.draining = ["learner-1"]
+    with pytest.raises(Resumable, match="Ray drains the node of learner-1"):
+        run.iterate(1)
+    assert run.committed == [("r001-i000001", "1")]
 
 
 def test_a_periodic_checkpoint_that_failed_is_made_up_for_when_the_run_must_stop(tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("rollout.temperature=2.5",), "rollout.temperature"),
     (("rollout.tensor_parallel=2",), "needs cluster.backend = cuda"),
     (("rollout.tensor_parallel=4", "cluster.backend=cuda"), "key-value heads"),
+    (("rollout.workers=2", "rollout.min_workers=3"), "rollout.min_workers = 3, rollout.workers = 2"),
+    (("rollout.workers=2", "rollout.max_workers=1"), "rollout.max_workers = 1 must not fall"),
     (("rollout.gpu_memory_fraction=0",), "gpu_memory_fraction"),
     (("learner.policy_optimizer.betas=[1.0, 1.0]",), "betas"),
     (("learner.policy_optimizer.betas=[0.9]",), "betas"),
@@ -141,6 +143,7 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("scoring.combine.knd=minimum",), "scoring.combine.knd: unknown key; did you mean kind?"),
     (("scoring.length.buffer_tokens=500",), "leaves no response free of charge"),
     ((_PPO, "algorithm.kl_controller.kind=adaptive", "algorithm.kl_beta=0"), "which is 0"),
+    ((_PPO, "algorithm.kl_controller.kind=doubling", "algorithm.kl_beta=0"), "which is 0"),
     (
         (_PPO, "algorithm.kl_controller={kind: adaptive, horizon_episodes: 10}", "algorithm.kl_beta=0.1"),
         "is too short",

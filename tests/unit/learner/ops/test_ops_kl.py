@@ -211,6 +211,15 @@ def test_v7_trace_of_the_adaptive_controller(vectors):
         close(controller.beta, beta)
 
 
+def test_v7b_the_doubling_controller(vectors):
+    v = vectors["V7b_ppo_paper_controller"]
+    config = KLControllerConfig(kind="doubling", target_nats_per_sequence=v["d_target"])
+    for nats, before, after in v["cases"]:
+        controller = kl.make_controller(config, initial_beta=before)
+        controller.update(SequenceKL(nats=nats, num_sequences=64))
+        assert controller.beta == after
+
+
 def test_i10_the_target_is_a_fixed_point():
     controller = adaptive()
     controller.update(SequenceKL(nats=6.0, num_sequences=512))
@@ -226,7 +235,7 @@ def test_i10_one_step_is_bounded_and_the_coefficient_stays_positive(nats: float,
     assert (controller.beta - 0.2) * (nats - 6.0) >= 0
 
 
-@pytest.mark.parametrize("kind", ["fixed", "adaptive"])
+@pytest.mark.parametrize("kind", ["fixed", "adaptive", "doubling"])
 @pytest.mark.parametrize("not_per_sequence", [6.0, 6, torch.tensor(6.0), None])
 def test_i10_a_kl_without_its_type_is_refused(kind: str, not_per_sequence: object):
     controller = kl.make_controller(KLControllerConfig(kind=kind), initial_beta=0.1)
@@ -234,7 +243,7 @@ def test_i10_a_kl_without_its_type_is_refused(kind: str, not_per_sequence: objec
         controller.update(not_per_sequence)
 
 
-@pytest.mark.parametrize("kind", ["fixed", "adaptive"])
+@pytest.mark.parametrize("kind", ["fixed", "adaptive", "doubling"])
 def test_a_kl_that_is_not_finite_is_refused(kind: str):
     controller = kl.make_controller(KLControllerConfig(kind=kind), initial_beta=0.1)
     with pytest.raises(ValueError, match="finite"):

@@ -1,0 +1,1 @@
+"""Rankings from the votes of a question-and-answer site."""
