@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from cluster import fixed_responses
+from cluster import fixed_responses, trained_parts
 from cluster.prompts import encode_prompts
 from configs.data import SourceConfig
 from configs.run import RunConfig
@@ -40,6 +40,7 @@ def check(config: RunConfig) -> None:
     for reward in config.scoring.rewards:
         if isinstance(reward, HTTPRewardConfig):
             Endpoint(reward.url, where=f"reward {reward.name}", token_env=reward.token_env)
+    trained_parts.check(config.models)
     tokenizer = _tokenizer(config)
     data, seed = config.data, config.run.seed
     seen: dict[str, set[str]] = {}

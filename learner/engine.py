@@ -1,7 +1,7 @@
 """The DeepSpeed adapter: a training engine over ZeRO 0 to 3, and the only module that knows DeepSpeed."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ class DeepSpeedEngine:
             network.enable_gradient_checkpointing()
         module.train()
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        # By every name that tied parameters have: a state dict has them all.
+        self._frozen = {n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
         adamw = torch.optim.AdamW(
             parameter_groups(module, weight_decay=optimizer.weight_decay),
             lr=optimizer.learning_rate,
@@ -81,12 +83,12 @@ class DeepSpeedEngine:
             eps=optimizer.eps,
             fused=True,
         )
-        num_elements = sum(shape.numel() for shape in self._shapes.values())
+        num_elements = sum(p.numel() for p in module.parameters() if p.requires_grad)
         config = _deepspeed_config(settings, stage=self._stage, context=context, num_elements=num_elements)
         # Typed as Any: what the optimizer is, and what it is called, depends on the stage.
         self._engine: Any = deepspeed.initialize(model=module, optimizer=adamw, config=config)[0]
         self._parameters = dict(self._engine.module.named_parameters())
-        self._files = _ShardFiles()
+        self._files = _ShardFiles(frozen=self._frozen)
         self._engine.checkpoint_engine = self._files
         # A script that reads the shards without DeepSpeed is put beside them; rank 0 alone writes it.
         self._engine._copy_recovery_script = self._files.guarded(self._engine._copy_recovery_script)
@@ -161,10 +163,10 @@ class DeepSpeedEngine:
     def full_gradient(self) -> Mapping[str, Tensor]:
         """Collect the full gradient between the last `backward` and `step`."""
         read: Any = safe_get_full_grad if self._stage > 0 else lambda parameter: parameter.grad
-        return {name: read(p).detach().clone() for name, p in self._parameters.items()}
+        return {name: read(p).detach().clone() for name, p in self._parameters.items() if name not in self._frozen}
 
     def save(self, directory: Path) -> None:
-        """Write this rank's part of the state.
+        """Write this rank's part of the state, without what is frozen.
 
         Raises:
             OSError: On every rank, if the disk did not take the part of any.
@@ -174,7 +176,13 @@ class DeepSpeedEngine:
             "num_skips": self._num_skips,
             "skips_in_a_row": self._skips_in_a_row,
         }
-        self._engine.save_checkpoint(str(directory), tag=_CHECKPOINT_TAG, client_state=counters, save_latest=False)
+        self._engine.save_checkpoint(
+            str(directory),
+            tag=_CHECKPOINT_TAG,
+            client_state=counters,
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
         codes = torch.zeros(self.context.world_size, device=self.context.device)
         codes[self.context.rank] = self._files.take_errno()
         for rank, code in enumerate(map(int, self.all_reduce_sum(codes).tolist())):
@@ -185,7 +193,9 @@ class DeepSpeedEngine:
         """Restore what `save` wrote. The files are pickles: verify them first."""
         if not (directory / _CHECKPOINT_TAG).is_dir():
             raise ValueError(f"no checkpoint of the {self._name} in {directory}")
-        path, state = self._engine.load_checkpoint(str(directory), tag=_CHECKPOINT_TAG, load_lr_scheduler_states=False)
+        path, state = self._engine.load_checkpoint(
+            str(directory), tag=_CHECKPOINT_TAG, load_lr_scheduler_states=False, custom_load_fn=self._load_trained
+        )
         if path is None:
             raise ValueError(f"DeepSpeed cannot read the checkpoint of the {self._name} in {directory}")
         self.num_steps = state["num_steps"]
@@ -197,6 +207,14 @@ class DeepSpeedEngine:
         self._engine.destroy()
         self._parameters.clear()
         del self._engine
+
+    def _load_trained(self, src: Mapping[str, Tensor], dst: nn.Module) -> None:
+        """Restore the trained parameters; nothing but frozen ones may be missing."""
+        found = dst.load_state_dict(src, strict=False)
+        missing = set(found.missing_keys) - self._frozen
+        if missing or found.unexpected_keys:
+            strange = sorted(missing) or sorted(found.unexpected_keys)
+            raise ValueError(f"the checkpoint of the {self._name} is of another network: {strange[0]} does not match")
 
     def _inspect(self) -> tuple[bool, str, float]:
         """Check loss and gradient on all ranks, and measure the gradient: one reduction and one read-back.
@@ -256,10 +274,14 @@ class _ShardFiles(TorchCheckpointEngine):
     """Writes the files of DeepSpeed's checkpoints, and keeps to itself what the disk says until all ranks are through.
 
     A rank that raised in the middle would leave the others waiting for it in a collective.
+
+    Args:
+        frozen: Names of parameters that are not written. DeepSpeed leaves out only one of each one's names.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, frozen: Set[str]) -> None:
         super().__init__()
+        self._frozen = frozen
         self._errno = 0
 
     def take_errno(self) -> int:
@@ -284,6 +306,9 @@ class _ShardFiles(TorchCheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write a file. Through Python's file, which says why where torch's own does not."""
+        if "module" in state_dict:
+            module = {name: tensor for name, tensor in state_dict["module"].items() if name not in self._frozen}
+            state_dict = {**state_dict, "module": module}
         self.guarded(_write_shard)(state_dict, path)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:

@@ -5,8 +5,9 @@ A directory is complete or not there: it is written beside its place, checked, a
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from learner import adapters
 from learner.models import PolicyModel, ScalarModel, TrainedModel
-from learner.training import TrainingEngine
+from learner.training import GatherableNetwork, TrainingEngine
 from protocol.files import sync, write_text
 
 CALIBRATION = "rondo_calibration"
 REWARD_MODEL_REPORT = "reward_model_report.json"
 _NETWORK_PREFIX = "network."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """What is written of a network."""
+
+    network: dict[str, Tensor]
+    """By the names of a network without an adapter, merged where there is one."""
+    adapter: dict[str, Tensor]
+    """What is trained beside a frozen base, by the engine's names; empty without an adapter."""
 
 
 def export_policy(engine: TrainingEngine, tokenizer: Any, directory: Path, *, card: Mapping[str, Any]) -> None:
@@ -35,10 +47,10 @@ def export_policy(engine: TrainingEngine, tokenizer: Any, directory: Path, *, ca
     Raises:
         FileExistsError: If the directory exists.
     """
-    tensors = _gathered(engine)
+    weights = _gathered(engine)
     if engine.context.rank == 0:
         policy: Any = engine.module
-        write_policy(policy, tokenizer, directory, card=card, tensors=tensors)
+        write_policy(policy, tokenizer, directory, card=card, weights=weights)
 
 
 def export_reward_model(
@@ -63,10 +75,10 @@ def export_reward_model(
     Raises:
         FileExistsError: If the directory exists.
     """
-    tensors = _gathered(engine)
+    weights = _gathered(engine)
     if engine.context.rank == 0:
         model: Any = engine.module
-        write_reward_model(model, tokenizer, directory, card=card, report=report, tensors=tensors)
+        write_reward_model(model, tokenizer, directory, card=card, report=report, weights=weights)
 
 
 def write_policy(
@@ -75,7 +87,7 @@ def write_policy(
     directory: Path,
     *,
     card: Mapping[str, Any],
-    tensors: dict[str, Tensor] | None = None,
+    weights: Weights | None = None,
 ) -> None:
     """Write a policy that this process holds, as `export_policy` does.
 
@@ -84,13 +96,13 @@ def write_policy(
         tokenizer: Its tokenizer.
         directory: Where to; must not exist.
         card: What the model card says.
-        tensors: Its weights by the network's names; taken from the network by default.
+        weights: What was gathered of it; taken from the network by default.
 
     Raises:
         FileExistsError: If the directory exists.
     """
     with _complete_or_absent(directory) as staging:
-        _save(policy, tokenizer, staging, tensors=tensors)
+        _save(policy, tokenizer, staging, weights=weights)
         _write_card(staging, card, task="text-generation", title=f"Policy {directory.name}")
 
 
@@ -101,7 +113,7 @@ def write_reward_model(
     *,
     card: Mapping[str, Any],
     report: Mapping[str, Any] | None = None,
-    tensors: dict[str, Tensor] | None = None,
+    weights: Weights | None = None,
 ) -> None:
     """Write a reward model that this process holds, as `export_reward_model` does.
 
@@ -111,7 +123,7 @@ def write_reward_model(
         directory: Where to; must not exist.
         card: What the model card says.
         report: What the validation found, kept beside the weights.
-        tensors: Its weights by the network's names; taken from the network by default.
+        weights: What was gathered of it; taken from the network by default.
 
     Raises:
         FileExistsError: If the directory exists.
@@ -123,7 +135,7 @@ def write_reward_model(
     if hasattr(config, CALIBRATION):  # inherited from the model it started from, whose scores had another unit
         delattr(config, CALIBRATION)
     with _complete_or_absent(directory) as staging:
-        _save(model, tokenizer, staging, tensors=tensors)
+        _save(model, tokenizer, staging, weights=weights)
         _write_card(staging, card, task="text-classification", title=f"Reward model {directory.name}")
         if report is not None:
             (staging / REWARD_MODEL_REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -176,18 +188,26 @@ def padding_id(tokenizer: Any) -> int:
     return 1
 
 
-def _gathered(engine: TrainingEngine) -> dict[str, Tensor]:
-    """Collect the weights by the network's names, one at a time; rank 0 keeps them, outside the accelerator."""
-    keep = engine.context.rank == 0
-    tensors: dict[str, Tensor] = {}
-    for name, shape in engine.parameter_shapes().items():
-        tensor = engine.gather([name])[name]
-        if tensor.shape != shape:  # a partition, or nothing: it would be written without a complaint
-            raise RuntimeError(f"gathering {name} gave {tuple(tensor.shape)} instead of {tuple(shape)}")
-        if keep:
-            tensors[name.removeprefix(_NETWORK_PREFIX)] = tensor.detach().to("cpu", copy=True)
+def _gathered(engine: TrainingEngine) -> Weights:
+    """Collect the weights by the network's names, and those of an adapter also apart from the others."""
     module: Any = engine.module
-    return tensors | _buffers(module.network) if keep else tensors
+    plain = adapters.merged(engine)
+    network = _kept(plain, list(plain.parameter_shapes()))
+    tensors = {name.removeprefix(_NETWORK_PREFIX): tensor for name, tensor in network.items()}
+    return Weights(network=tensors | _buffers(module.network), adapter=_kept(engine, adapters.trained_names(module)))
+
+
+def _kept(engine: GatherableNetwork, names: Sequence[str]) -> dict[str, Tensor]:
+    """Collect parameters one at a time; rank 0 keeps them, outside the accelerator."""
+    shapes = engine.parameter_shapes()
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensor = engine.gather([name])[name]
+        if tensor.shape != shapes[name]:  # a partition, or nothing: it would be written without a complaint
+            raise RuntimeError(f"gathering {name} gave {tuple(tensor.shape)} instead of {tuple(shapes[name])}")
+        if engine.context.rank == 0:
+            tensors[name] = tensor.detach().to("cpu", copy=True)
+    return tensors
 
 
 def _buffers(network: nn.Module) -> dict[str, Tensor]:
@@ -195,14 +215,17 @@ def _buffers(network: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.detach().cpu() for name, buffer in network.named_buffers() if name in persistent}
 
 
-def _save(model: TrainedModel, tokenizer: Any, staging: Path, *, tensors: dict[str, Tensor] | None) -> None:
-    if tensors is None:
+def _save(model: TrainedModel, tokenizer: Any, staging: Path, *, weights: Weights | None) -> None:
+    if weights is None:
         tensors = {name: p.detach() for name, p in model.network.named_parameters()} | _buffers(model.network)
-    num_elements = sum(tensor.numel() for tensor in tensors.values())
+        weights = Weights(network=tensors, adapter={})
+    num_elements = sum(tensor.numel() for tensor in weights.network.values())
     # transformers knows the names and shards that others expect, tied weights included.
-    model.network.save_pretrained(staging, state_dict=tensors)
+    model.network.save_pretrained(staging, state_dict=weights.network)
     tokenizer.save_pretrained(staging)
     _check_weights(staging, num_elements=num_elements)
+    if weights.adapter:
+        adapters.write(model, weights.adapter, staging)
 
 
 def _check_weights(directory: Path, *, num_elements: int) -> None:
@@ -224,7 +247,7 @@ def _complete_or_absent(directory: Path) -> Iterator[Path]:
     shutil.rmtree(staging, ignore_errors=True)  # left by a process that died
     staging.mkdir()
     yield staging
-    for path in [*staging.iterdir(), staging]:
+    for path in [*staging.rglob("*"), staging]:
         sync(path)
     staging.rename(directory)
     sync(directory.parent)

@@ -11,7 +11,7 @@ from configs.algorithm import PolicyGradientBase, SelectionBase
 from configs.models import ModelsConfig
 from configs.run import RunConfig
 from configs.scoring import ModelRewardConfig
-from learner import checkpoint, records, reward_modelling, supervised, weight_sender
+from learner import adapters, checkpoint, records, reward_modelling, supervised, weight_sender
 from learner.assembly import Group, assemble
 from learner.comparisons import RewardModelJob
 from learner.engine import DeepSpeedEngine
@@ -21,7 +21,7 @@ from learner.models import ScalarModel, load_critic, load_policy, load_scalar, s
 from learner.pretraining import load_texts
 from learner.selection_update import SelectionSettings, SelectionUpdater
 from learner.stored_policy import StoredPolicy
-from learner.supervised_loop import StageContext, context_tokens, layout_of
+from learner.supervised_loop import StageContext, context_tokens, layout_of, stage_seed
 from learner.training import RankContext
 from learner.trust import found_mismatch, require_version
 from learner.update import Updater, UpdateSettings
@@ -94,7 +94,8 @@ class Rank:
         self.finish_rl()
         config = self._config
         learner, algorithm = config.learner, config.algorithm
-        network = load_policy(policy, precision=learner.precision)
+        models, seed = config.models, stage_seed(config.run.seed, "adapter")
+        network = adapters.open_policy(policy, models.policy.train, precision=learner.precision, seed=seed)
         self._tokenizer = load_tokenizer(policy)
         steps = config.minibatches_per_epoch * algorithm.num_epochs
         policy_iterations = max(1, iterations - algorithm.warmup_iterations)
@@ -102,6 +103,7 @@ class Rank:
         critic = None
         if algorithm.has_critic:
             module = make_critic(config, policy=policy, reward_model=reward_model)
+            adapters.choose(module, models.critic.train, seed=seed, where="models.critic.train")
             critic = make(module, optimizer=learner.critic_optimizer, name="critic", total_steps=steps * iterations)
         layout = layout_of(network, learner)
         longest = min(context_tokens(network) or learner.micro_batch_tokens, learner.micro_batch_tokens)

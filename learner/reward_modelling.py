@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from configs.learner import RewardModelLoss
 from configs.load import config_hash
 from configs.run import RunConfig
+from learner import adapters
 from learner.comparison_task import ComparisonTask
 from learner.comparisons import Comparisons, ComparisonSource, RewardModelJob, read_comparisons, split
 from learner.export import export_reward_model, padding_id
-from learner.models import ScalarModel, load_scalar, scalar_from_policy
+from learner.models import Precision, ScalarModel, load_scalar, scalar_from_policy
 from learner.supervised_loop import (
     Report,
     StageContext,
@@ -101,11 +102,18 @@ def train_reward_model(
 
 
 def _initial_model(config: RunConfig, job: RewardModelJob) -> ScalarModel:
-    init, precision = config.models.reward.init, config.learner.precision
+    settings, precision = config.models.reward, config.learner.precision
+    model = _untouched_model(job, init=settings.init, precision=precision, seed=config.run.seed)
+    seed = stage_seed(config.run.seed, "reward model adapter")
+    adapters.choose(model, settings.train, seed=seed, where="models.reward.train")
+    return model
+
+
+def _untouched_model(job: RewardModelJob, *, init: str, precision: Precision, seed: int) -> ScalarModel:
     if job.start is not None:
         return load_scalar(job.start, precision=precision)
     if init == "sft":
-        return scalar_from_policy(job.policy, seed=stage_seed(config.run.seed, "score head"), precision=precision)
+        return scalar_from_policy(job.policy, seed=stage_seed(seed, "score head"), precision=precision)
     return load_scalar(init, precision=precision)
 
 

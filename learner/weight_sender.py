@@ -1,7 +1,8 @@
 """Publishing a policy: bounded buckets of bytes, the manifest that proves them, and the sending end of a broadcast.
 
 Only one bucket's tensors are gathered at a time, so a publish never holds a second copy of the policy. Tied parameters
-are sent once, under the first of their names: an engine that ties them computes with that storage.
+are sent once, under the first of their names: an engine that ties them computes with that storage. What an adapter adds
+is sent as part of the weights that it is added to.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learner.adapters import merged
 from learner.training import GatherableNetwork
 from protocol.broadcast import BroadcastError, Group, Meeting
 from protocol.weights import (
@@ -44,7 +46,7 @@ def specs(engine: GatherableNetwork, *, dtype: str) -> tuple[TensorSpec, ...]:
     itemsize = getattr(torch, dtype).itemsize
     return tuple(
         TensorSpec(name=name.removeprefix(_NETWORK_PREFIX), shape=tuple(shape), dtype=dtype, itemsize=itemsize)
-        for name, shape in engine.parameter_shapes().items()
+        for name, shape in merged(engine).parameter_shapes().items()
     )
 
 
@@ -72,9 +74,10 @@ def gathered(engine: GatherableNetwork, slots: Sequence[TensorSlot]) -> Iterator
     Yields:
         Each bucket's bytes: on rank 0 in full, elsewhere empty.
     """
+    network = merged(engine)
     for number, size in enumerate(bucket_sizes(slots)):
         own = [slot for slot in slots if slot.bucket == number]
-        tensors = engine.gather([_NETWORK_PREFIX + slot.spec.name for slot in own])
+        tensors = network.gather([_NETWORK_PREFIX + slot.spec.name for slot in own])
         if engine.context.rank != 0:
             yield torch.zeros(0, dtype=torch.uint8)
             continue

@@ -55,7 +55,7 @@ class PlainEngine:
             group["lr"] = rate
         loss = float(torch.stack(self._losses).sum())
         self._losses.clear()
-        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters()]).item()
+        norm = nn.utils.get_total_norm(self._gradients()).item()
         for what, value in (("loss", loss), ("gradient", norm)):
             if not abs(value) < float("inf"):
                 self._skips += 1
@@ -77,7 +77,7 @@ class PlainEngine:
             raise NonFiniteError(f"parameter of the {self._name}", f"the end of step {self.num_steps - 1}")
 
     def measure(self) -> float:
-        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters()]).item()
+        norm = nn.utils.get_total_norm(self._gradients()).item()
         self._losses.clear()
         self._adamw.zero_grad()
         return norm
@@ -93,7 +93,7 @@ class PlainEngine:
         return {name: parameters[name].detach() for name in names}
 
     def full_gradient(self) -> Mapping[str, Tensor]:
-        return {name: p.grad.detach().clone() for name, p in self.module.named_parameters()}
+        return {name: p.grad.detach().clone() for name, p in self.module.named_parameters() if p.requires_grad}
 
     def save(self, directory: Path) -> None:
         state = {"module": self.module.state_dict(), "adamw": self._adamw.state_dict(), "num_steps": self.num_steps}
@@ -109,6 +109,9 @@ class PlainEngine:
         self._adamw.load_state_dict(state["adamw"])
         self.num_steps = state["num_steps"]
         self._skips, self._num_skips = state["skips"]
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
 
     def close(self) -> None:
         self._adamw.zero_grad()

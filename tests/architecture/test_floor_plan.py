@@ -44,6 +44,7 @@ ONLY_IN = {
         "cluster/cli.py",
         "*/worker.py",
     ),
+    "peft": ("learner/adapters.py",),
     "transformers": ("learner/models.py", "reward_service/*_model.py", "protocol/tokens.py"),
     "torch": ("actors/*.py", "reward_service/*.py", "learner/*.py", "protocol/logprobs.py", "protocol/broadcast.py"),
     "pyarrow": ("protocol/data_files.py", "learner/records.py", "reward_service/preferences/*.py"),
