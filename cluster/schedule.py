@@ -147,6 +147,17 @@ def checkpoint_is_due(state: RunState, config: RunConfig) -> bool:
     return state.iteration % period == 0 or state.phase is not Phase.OPTIMISE
 
 
+def goes_on_from(saved: RunState, state: RunState) -> bool:
+    """Say whether what is saved is the end of the iterations that a phase after them follows.
+
+    Args:
+        saved: What a checkpoint holds.
+        state: The beginning of a phase: of one that follows its round's iterations, or the round before's.
+    """
+    iterated = _ORDER[state.phase] > _ORDER[Phase.OPTIMISE]
+    return saved.phase is Phase.EVALUATE and saved.round == state.round - (not iterated)
+
+
 def requests(
     prompts: Sequence[Prompt],
     config: RunConfig,

@@ -122,12 +122,13 @@ class RunStages:
         if found is not None:
             saved = RunState.from_json(found.driver["state"])
             _LOG.info("the newest checkpoint is %s", found.directory)
-            if state.phase is Phase.EVALUATE and not self.directory.policy(state.policy_version).exists():
-                # Its weights are in its own checkpoint alone; an older one must not be given its name.
-                if saved.position != state.position:
-                    _LOG.warning(
-                        "the checkpoint of round %d's end is gone; its last iterations are repeated", state.round
-                    )
+            if state.position > saved.position and not schedule.goes_on_from(saved, state):
+                # The prompt cursor and what a method carries over are in that checkpoint alone, and a policy that is
+                # not exported yet too; an older one must not stand in. What is repeated keeps what is durable.
+                _LOG.warning(
+                    "round %d, %s goes on from a checkpoint that is gone; what followed %s is repeated",
+                    *(state.round, state.phase.value, found.directory),
+                )
                 state = saved
             state = max(state, saved, key=lambda found: found.position)
         elif state.round > 1 or state.phase in (Phase.EVALUATE, Phase.RANK):

@@ -195,3 +195,40 @@ def test_a_run_that_ends_waits_for_its_last_commit(tmp_path: Path) -> None:
     run.iterate(2)
     run.stages.close()
     assert run.committed == [("r001-i000002", "1")]
+
+
+def spoil(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_phase_goes_on_from_the_end_of_the_iterations_before_it_or_these_are_repeated(tmp_path: Path) -> None:
+    """The prompt cursor is in that checkpoint: an older one would hand prompts out a second time, and say nothing."""
+    run = Run(tmp_path, "rounds.count=2")
+    for done in (1, 2, 3):
+        run.iterate(done)
+    run.stages.reached(run.iterate(4))
+    run.directory.policy(4).mkdir(parents=True)  # the round's policy is exported
+
+    def resumed(phase: Phase, round: int, iteration: int) -> tuple[str, int, int]:
+        state = RunState(phase=phase, round=round, iteration=iteration, policy_version=4)
+        run.directory.state.write_text(json.dumps(state.to_json()))
+        found = run.stages.resume()
+        return found.phase.value, found.round, found.iteration
+
+    before = [Phase.COLLECT, Phase.LABEL, Phase.REFRESH, Phase.CALIBRATE, Phase.BASELINE, Phase.OPTIMISE]
+    after = [Phase.EVALUATE, Phase.RANK, Phase.DONE]
+    for phase in before:
+        assert resumed(phase, 2, 0) == (phase.value, 2, 0)
+        assert resumed(phase, 1, 0) == ("evaluate", 1, 4)  # the checkpoint is ahead
+    for phase in after:
+        assert resumed(phase, 1, 4) == (phase.value, 1, 4)
+        assert resumed(phase, 2, 4) == ("evaluate", 1, 4)  # the second round's iterations are repeated
+
+    damaged = run.directory.checkpoints / "r001-i000004" / "learner" / "updates"
+    damaged.write_text("5")
+    for place in [(phase, 2, 0) for phase in before] + [(phase, 1, 4) for phase in after]:
+        assert resumed(*place) == ("optimise", 1, 2)
+        assert run.stages._committer.latest is not None
+        assert run.stages._committer.latest.driver["prompts"] == {"taken": 2}
