@@ -67,7 +67,7 @@ def _guarded(run: Callable[[], object], *, traceback: bool) -> int:
     from protocol.errors import Resumable, UserError
 
     try:
-        result = run()
+        result = _unless_stopped(run)
         return result if isinstance(result, int) else 0
     except (ConfigError, UserError) as error:
         _error(str(error), error, traceback)
@@ -78,12 +78,29 @@ def _guarded(run: Callable[[], object], *, traceback: bool) -> int:
     except Resumable as error:
         _console.print(f"\n{error}", style="yellow", markup=False)
         return EXIT_RESUMABLE
-    except (Stopped, KeyboardInterrupt, typer.Abort):
+    except (Stopped, KeyboardInterrupt, typer.Abort) as error:
         _console.print("\nstopped; the same command goes on from the last checkpoint", style="yellow")
+        cause = error.__cause__
+        if cause is not None and not isinstance(cause.__cause__, Stopped):
+            _error(f"while it stopped: {type(cause).__name__}: {cause}", error, traceback)
         return EXIT_RESUMABLE
     except Exception as error:  # noqa: BLE001
         _error(f"{type(error).__name__}: {error}", error, traceback)
         return EXIT_FAILED
+
+
+def _unless_stopped(run: Callable[[], object]) -> object:
+    """Take whatever ends a run after a signal for the stop that the signal asked for.
+
+    What its handler raises may come out of a library's C code as another exception, and a worker in the same terminal
+    is interrupted too.
+    """
+    try:
+        return run()
+    except Exception as error:
+        if STOPPING.asked:
+            raise Stopped from error
+        raise
 
 
 def _error(message: str, error: BaseException, traceback: bool) -> None:

@@ -4,13 +4,12 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 from rich.console import Console
 
 from cluster import placement, preflight, run_directory
@@ -44,7 +43,7 @@ from cluster.tracking import (
 )
 from configs.run import RunConfig
 from protocol import tokens
-from protocol.errors import LearnerLostError, UserError, WorkersLostError
+from protocol.errors import StorageError, UserError
 from protocol.files import write_json, writing
 from reward_service.preferences.store import PreferenceStore
 
@@ -102,16 +101,11 @@ def _run(
             injector = Injector(faults, crew=stages.crew, state=lambda: stages.incidents.state, say=progress.say)
             STOPPING.grace_s, STOPPING.waits = config.cluster.deadlines.grace_s, stages.in_hand
             try:
-                injector.start()
-                state = play(stages, config, stages.resume(), announce=progress.announce)
-                _finish(directory, state)
-                write_report(directory, config, store)
-            except WorkersLostError:
-                stages.save()
-                raise
-            except Stopped:
-                _save_what_stands(stages)
-                raise
+                with keeping_what_stands(stages.save):
+                    injector.start()
+                    state = play(stages, config, stages.resume(), announce=progress.announce)
+                    _finish(directory, state)
+                    write_report(directory, config, store)
             finally:
                 injector.stop()
                 stages.close()
@@ -119,12 +113,29 @@ def _run(
         ray.shutdown()
 
 
-def _save_what_stands(stages: RunStages) -> None:
-    """Commit the last iteration of a run that was asked to stop, if its Ray has not been stopped as well."""
+@contextmanager
+def keeping_what_stands(save: Callable[[], None]) -> Generator[None]:
+    """Commit the last iteration of a run that ends early, whatever ends it; what prevents that never hides the cause.
+
+    Args:
+        save: Commits what stands, if the learner is exactly there.
+
+    Raises:
+        Stopped: If the run was asked to stop. A signal's exception may come out of a library's C code as another one.
+        BaseException: Otherwise what ended it.
+    """
     try:
-        stages.save()
-    except (RayError, LearnerLostError) as error:
-        _LOG.warning("the last iteration could not be committed: %s", first_line(error))
+        yield
+    except StorageError:  # nor does the disk take this
+        raise
+    except BaseException as error:
+        try:
+            save()
+        except Exception as failure:  # noqa: BLE001 - what ended the run is what must be told
+            _LOG.warning("the last iteration could not be committed: %s", first_line(failure))
+        if STOPPING.asked and not isinstance(error, Stopped):
+            raise Stopped from error
+        raise
 
 
 def make_stages(

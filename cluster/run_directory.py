@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.resizing import way_on
+from cluster.schedule import RunState
 from configs.load import ConfigError, config_hash, dump, load
 from configs.run import RunConfig
 from protocol.errors import StorageError, UserError
-from protocol.files import make_directory, write_text
+from protocol.files import make_directory, read_json, write_text
 
 _LOCK = ".lock"
 
@@ -262,6 +263,18 @@ def run_id(directory: RunDirectory) -> str:
     if not path.exists():
         write_text(path, uuid.uuid4().hex)
     return path.read_text()
+
+
+def state_of(directory: RunDirectory) -> RunState:
+    """Read which phase the run has reached; one that has reached none is at its beginning.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    if not directory.state.exists():
+        return RunState()
+    step = f"restore it from a copy, or remove it (`rm {directory.state}`): the newest checkpoint says as much"
+    return read_json(directory.state, RunState.from_json, next_step=f"{step}, and what was done since is kept")
 
 
 def store_url(config: RunConfig, directory: RunDirectory) -> str:

@@ -65,9 +65,17 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError: If that is not what the values are.
+        """
         rest = {name: value for name, value in values.items() if name != "phase"}
-        return cls(phase=Phase(values["phase"]), **rest)
+        state = cls(phase=Phase(values["phase"]), **rest)
+        counts = (state.round, state.iteration, state.policy_version, state.best_version, state.last_version)
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"a count is no whole number: {values}")
+        return state
 
 
 def after(state: RunState, config: RunConfig) -> RunState:

@@ -4,7 +4,6 @@ Every phase leaves something durable and is skipped where that is there, so a ru
 with the same data and trains and labels nothing twice.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import checkpoint, evaluation, guards, lineage, resumption, retention, schedule, tracking
+from cluster import checkpoint, evaluation, guards, lineage, resumption, retention, run_directory, schedule, tracking
 from cluster.collection import Collection
 from cluster.committer import Committer
 from cluster.crew import Crew
@@ -115,9 +114,7 @@ class RunStages:
 
     def resume(self) -> RunState:
         """Find where the run stands: where its phases or its newest checkpoint have got, or its beginning."""
-        state = RunState()
-        if self.directory.state.exists():
-            state = RunState.from_json(json.loads(self.directory.state.read_text()))
+        state = run_directory.state_of(self.directory)
         found = self._committer.latest = resumption.newest(self.directory.checkpoints, self.config)
         if found is not None:
             saved = RunState.from_json(found.driver["state"])
@@ -147,9 +144,12 @@ class RunStages:
 
         Raises:
             LearnerLostError: If they may not start again.
+            Stopped: If the run was asked to stop; a signal also ends ranks that are in the same terminal.
         """
+        self._standstill = None  # nobody holds it any more
+        if STOPPING.asked:
+            raise Stopped from error
         self._restarts.spend(error)
-        self._standstill = None
         self.crew.stop_learner()
         self._close_sinks()
         self._prompts.rewind()

@@ -15,6 +15,7 @@ from cluster.incident_log import IncidentLog
 from cluster.run_directory import RunDirectory, claim
 from cluster.schedule import Phase, RunState
 from cluster.stages import Parts, RunStages
+from cluster.stopping import Stopped
 from cluster.tracking import Sinks
 from protocol.errors import LearnerLostError, Resumable, StorageError
 from protocol.messages import IterationReport
@@ -188,6 +189,18 @@ def test_a_lost_learner_goes_on_from_the_commit_that_was_under_way(tmp_path: Pat
     assert run.stages._committer.latest is None  # nobody has taken note of it yet
     state = run.stages.recover(LearnerLostError("learner-0 died"))
     assert (state.iteration, state.policy_version) == (2, 2)
+
+
+def test_a_lost_learner_is_not_asked_to_save_and_not_started_again_after_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path)
+    run.iterate(1)
+    monkeypatch.setattr(module.STOPPING, "asked", True)
+    with pytest.raises(Stopped):
+        run.stages.recover(LearnerLostError("learner-0 died"))
+    run.stages.save()
+    assert run.learner.attempts == 0
 
 
 def test_a_run_that_ends_waits_for_its_last_commit(tmp_path: Path) -> None:
