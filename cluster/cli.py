@@ -43,6 +43,10 @@ _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 _ConfigArg = Annotated[str, typer.Argument(help="A YAML file, or a preset's name.", metavar="CONFIG")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print batch arithmetic and placement; start nothing.")]
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Show the workers' own logs too.")]
+_Trust = Annotated[
+    bool,
+    typer.Option("--trust-checkpoint", help="Go on from a checkpoint that another run wrote; it may run code."),
+]
 _FAULT_HELP = """Make something go wrong, to see what becomes of it: ROLE-INDEX:STATE:ACT[@ITERATION], such as
 rollout-0:serving:kill@3. Roles are rollout, reward, reference, learner, driver; acts kill, stop, raise, pause=SECONDS,
 slow=SECONDS, node."""
@@ -130,7 +134,9 @@ def _overrides(context: typer.Context) -> list[str]:
     return result
 
 
-def _train(config: RunConfig, *, dry_run: bool, verbose: bool, faults: Sequence[str] = ()) -> None:
+def _train(
+    config: RunConfig, *, dry_run: bool, verbose: bool, faults: Sequence[str] = (), trust_checkpoint: bool = False
+) -> None:
     if dry_run:
         from cluster.plan import render
 
@@ -139,7 +145,8 @@ def _train(config: RunConfig, *, dry_run: bool, verbose: bool, faults: Sequence[
     from cluster import faults as on_purpose
     from cluster.launch import train as run
 
-    run(config, _console, verbose=verbose, faults=[on_purpose.parse(text) for text in faults])
+    made = [on_purpose.parse(text) for text in faults]
+    run(config, _console, verbose=verbose, faults=made, trust_checkpoint=trust_checkpoint)
 
 
 @app.command(context_settings=_OVERRIDES)
@@ -162,6 +169,7 @@ def train(
     dry_run: _DryRun = False,
     verbose: _Verbose = False,
     fault: Annotated[list[str] | None, typer.Option(help=_FAULT_HELP, metavar="FAULT")] = None,
+    trust_checkpoint: _Trust = False,
 ) -> None:
     """Train CONFIG, or go on with it where its run directory stands.
 
@@ -169,11 +177,12 @@ def train(
 
     Example: rondo train quickstart algorithm.name=ppo rollout.workers=2 --dry-run
     """
-    _train(load(config, _overrides(context)), dry_run=dry_run, verbose=verbose, faults=fault or ())
+    wanted = load(config, _overrides(context))
+    _train(wanted, dry_run=dry_run, verbose=verbose, faults=fault or (), trust_checkpoint=trust_checkpoint)
 
 
 @app.command()
-def resume(run: _RunDir, verbose: _Verbose = False) -> None:
+def resume(run: _RunDir, verbose: _Verbose = False, trust_checkpoint: _Trust = False) -> None:
     """Go on with a run from its newest checkpoint, under the configuration it was started with."""
     run = run.absolute()
     stored = _run_config(run)
@@ -181,7 +190,8 @@ def resume(run: _RunDir, verbose: _Verbose = False) -> None:
         raise ConfigError(
             f"{run} was renamed: its config.yaml says run.name = {load(stored).run.name}; name it so again"
         )
-    _train(load(stored, [f"run.dir={run.parent}"]), dry_run=False, verbose=verbose)
+    config = load(stored, [f"run.dir={run.parent}"])
+    _train(config, dry_run=False, verbose=verbose, trust_checkpoint=trust_checkpoint)
 
 
 @app.command(context_settings=_OVERRIDES)
@@ -263,13 +273,14 @@ def submit(
     """Submit CONFIG to a Ray cluster as a job and follow its log.
 
     The same as: ray job submit --address ADDRESS --working-dir . -- python -m cluster.cli train CONFIG ...
+    but that `ray job stop` leaves the run cluster.deadlines.grace_s to commit in, not Ray's 3 s.
     With token authentication, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) are read by Ray.
     """
     from cluster.submit import submit as send
 
     overrides = _overrides(context)
-    load(config, overrides)
-    raise typer.Exit(send(config, overrides, address=address, console=_console))
+    grace_s = load(config, overrides).cluster.deadlines.grace_s
+    raise typer.Exit(send(config, overrides, grace_s=grace_s, address=address, console=_console))
 
 
 @app.command()
@@ -309,13 +320,15 @@ def ckpt_verify(
     run: _RunDir,
     name: Annotated[str | None, typer.Argument(help="One checkpoint's name; all of them if not given.")] = None,
 ) -> None:
-    """Check every file of a run's checkpoints against its manifest; exit with 2 if any is damaged."""
+    """Check every file of a run's checkpoints against its manifest; exit with 2 if any is damaged or there is none."""
     from cluster.checkpoint import CheckpointError, committed, verify
 
     _run_config(run)
     found = {directory.name: directory for directory in committed(run / "checkpoints")}
     if name is not None and name not in found:
         raise ConfigError(f"{run} holds no checkpoint {name}; it has {', '.join(found) or 'none'}")
+    if not found:
+        raise ConfigError(f"{run} has no checkpoints yet; `rondo status {run}` says where it is")
     failed = False
     for directory in found.values() if name is None else [found[name]]:
         try:
@@ -348,7 +361,7 @@ def workers_drain(
     from cluster.run_directory import RunDirectory
 
     _run_config(run)
-    ask_to_leave(RunDirectory(run).leaving, name)
+    ask_to_leave(RunDirectory(run), name)
     _console.print(f"{name} leaves {run} before the next version is published", highlight=False, markup=False)
 
 

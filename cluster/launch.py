@@ -50,7 +50,14 @@ from reward_service.preferences.store import PreferenceStore
 _LOG = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, console: Console, *, verbose: bool = False, faults: Sequence[Fault] = ()) -> RunDirectory:
+def train(
+    config: RunConfig,
+    console: Console,
+    *,
+    verbose: bool = False,
+    faults: Sequence[Fault] = (),
+    trust_checkpoint: bool = False,
+) -> RunDirectory:
     """Run a configuration to its end, from wherever its run directory stands.
 
     Args:
@@ -58,6 +65,7 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False, faults:
         console: Where progress goes.
         verbose: Whether the workers' own logs are shown too.
         faults: What shall go wrong, for tests of what becomes of it.
+        trust_checkpoint: Whether it may go on from a checkpoint that is not known to be its own.
 
     Returns:
         The run's directory.
@@ -74,7 +82,7 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False, faults:
             console.print(f"{directory.root} is finished; nothing to do")
         else:
             with writing(directory.root):
-                _run(config, directory, console, verbose=verbose, faults=faults)
+                _run(config, directory, console, verbose=verbose, faults=faults, trust_checkpoint=trust_checkpoint)
         show_result(directory, console)
         return directory
     except UserError:
@@ -86,7 +94,13 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False, faults:
 
 
 def _run(
-    config: RunConfig, directory: RunDirectory, console: Console, *, verbose: bool, faults: Sequence[Fault]
+    config: RunConfig,
+    directory: RunDirectory,
+    console: Console,
+    *,
+    verbose: bool,
+    faults: Sequence[Fault],
+    trust_checkpoint: bool,
 ) -> None:
     progress = Progress(console, collects=lambda number: config.rounds.of(number).collect.comparisons > 0)
     if not directory.policy(0).exists():
@@ -97,7 +111,7 @@ def _run(
         placement.check(placement.plan(config), placement.available_resources())
         with closing(PreferenceStore.open(store_url(config, directory))) as store:
             store.claim(run_directory.run_id(directory))
-            stages = make_stages(config, directory, store, console, progress)
+            stages = make_stages(config, directory, store, console, progress, trust_checkpoint=trust_checkpoint)
             injector = Injector(faults, crew=stages.crew, state=lambda: stages.incidents.state, say=progress.say)
             STOPPING.grace_s, STOPPING.waits = config.cluster.deadlines.grace_s, stages.in_hand
             try:
@@ -139,7 +153,13 @@ def keeping_what_stands(save: Callable[[], None]) -> Generator[None]:
 
 
 def make_stages(
-    config: RunConfig, directory: RunDirectory, store: PreferenceStore, console: Console, progress: Progress
+    config: RunConfig,
+    directory: RunDirectory,
+    store: PreferenceStore,
+    console: Console,
+    progress: Progress,
+    *,
+    trust_checkpoint: bool = False,
 ) -> RunStages:
     """Put a run together.
 
@@ -149,6 +169,7 @@ def make_stages(
         store: Where tasks and labels are kept.
         console: Where progress goes.
         progress: Likewise.
+        trust_checkpoint: As `train` has it.
 
     Returns:
         The stages; no worker is started before one is needed.
@@ -190,6 +211,7 @@ def make_stages(
         open_sinks=lambda done: _sinks(config, directory, console, done=done),
         progress=progress,
         incidents=incidents,
+        trust_checkpoint=trust_checkpoint,
     )
 
 

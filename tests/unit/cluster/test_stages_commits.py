@@ -119,6 +119,13 @@ def test_a_phase_is_reached_when_its_checkpoint_is_there(tmp_path: Path, monkeyp
     assert seen == [[("r001-i000002", "2"), ("r001-i000004", "4")]]
 
 
+def test_a_checkpoint_names_its_run(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.stages.reached(run.iterate(4))
+    found = verify(run.directory.checkpoints / "r001-i000004")
+    assert found.driver["run_id"] == run.directory.run_id.read_text()
+
+
 def test_a_periodic_checkpoint_may_fail_and_is_not_tried_again_before_the_next(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.iterate(1)
