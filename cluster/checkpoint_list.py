@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.checkpoint import CheckpointError, committed, place_of, verify
-from cluster.resumption import config_differences
+from cluster.resumption import config_differences, is_foreign
 from configs.run import RunConfig
 
 _AGES = ((86_400, "d"), (3600, "h"), (60, "min"))
@@ -43,10 +43,13 @@ def table(root: Path, config: RunConfig) -> Table:
             version = found.driver.get("state", {}).get("policy_version")
             policy = "?" if version is None else f"v{version:03d}"
             differing = config_differences(found, config)
+            foreign = is_foreign(found)
             verdict = f"yes, but of another configuration: {'; '.join(differing[:4])}" if differing else "yes"
+            if foreign:
+                verdict = "yes, but not known to be of this run: see --trust-checkpoint"
             if not used:
                 used = True  # a resume goes no further back than this, also where it then refuses
-                marks.append("a resume refuses" if differing else "a resume uses it")
+                marks.append("a resume refuses" if differing or foreign else "a resume uses it")
         size, age = decimal(_num_bytes(directory)), _age(time.time() - directory.lstat().st_mtime)
         cells = (directory.name, round, iteration, policy, size, age, ", ".join(marks), verdict)
         result.add_row(*map(Text, cells))

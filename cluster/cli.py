@@ -43,6 +43,10 @@ _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 _ConfigArg = Annotated[str, typer.Argument(help="A YAML file, or a preset's name.", metavar="CONFIG")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print batch arithmetic and placement; start nothing.")]
 _Verbose = Annotated[bool, typer.Option("--verbose", help="Show the workers' own logs too.")]
+_Trust = Annotated[
+    bool,
+    typer.Option("--trust-checkpoint", help="Go on from a checkpoint that another run wrote; it may run code."),
+]
 _FAULT_HELP = """Make something go wrong, to see what becomes of it: ROLE-INDEX:STATE:ACT[@ITERATION], such as
 rollout-0:serving:kill@3. Roles are rollout, reward, reference, learner, driver; acts kill, stop, raise, pause=SECONDS,
 slow=SECONDS, node."""
@@ -67,7 +71,7 @@ def _guarded(run: Callable[[], object], *, traceback: bool) -> int:
     from protocol.errors import Resumable, UserError
 
     try:
-        result = run()
+        result = _unless_stopped(run)
         return result if isinstance(result, int) else 0
     except (ConfigError, UserError) as error:
         _error(str(error), error, traceback)
@@ -78,12 +82,29 @@ def _guarded(run: Callable[[], object], *, traceback: bool) -> int:
     except Resumable as error:
         _console.print(f"\n{error}", style="yellow", markup=False)
         return EXIT_RESUMABLE
-    except (Stopped, KeyboardInterrupt, typer.Abort):
+    except (Stopped, KeyboardInterrupt, typer.Abort) as error:
         _console.print("\nstopped; the same command goes on from the last checkpoint", style="yellow")
+        cause = error.__cause__
+        if cause is not None and not isinstance(cause.__cause__, Stopped):
+            _error(f"while it stopped: {type(cause).__name__}: {cause}", error, traceback)
         return EXIT_RESUMABLE
     except Exception as error:  # noqa: BLE001
         _error(f"{type(error).__name__}: {error}", error, traceback)
         return EXIT_FAILED
+
+
+def _unless_stopped(run: Callable[[], object]) -> object:
+    """Take whatever ends a run after a signal for the stop that the signal asked for.
+
+    What its handler raises may come out of a library's C code as another exception, and a worker in the same terminal
+    is interrupted too.
+    """
+    try:
+        return run()
+    except Exception as error:
+        if STOPPING.asked:
+            raise Stopped from error
+        raise
 
 
 def _error(message: str, error: BaseException, traceback: bool) -> None:
@@ -113,7 +134,9 @@ def _overrides(context: typer.Context) -> list[str]:
     return result
 
 
-def _train(config: RunConfig, *, dry_run: bool, verbose: bool, faults: Sequence[str] = ()) -> None:
+def _train(
+    config: RunConfig, *, dry_run: bool, verbose: bool, faults: Sequence[str] = (), trust_checkpoint: bool = False
+) -> None:
     if dry_run:
         from cluster.plan import render
 
@@ -122,7 +145,8 @@ def _train(config: RunConfig, *, dry_run: bool, verbose: bool, faults: Sequence[
     from cluster import faults as on_purpose
     from cluster.launch import train as run
 
-    run(config, _console, verbose=verbose, faults=[on_purpose.parse(text) for text in faults])
+    made = [on_purpose.parse(text) for text in faults]
+    run(config, _console, verbose=verbose, faults=made, trust_checkpoint=trust_checkpoint)
 
 
 @app.command(context_settings=_OVERRIDES)
@@ -145,6 +169,7 @@ def train(
     dry_run: _DryRun = False,
     verbose: _Verbose = False,
     fault: Annotated[list[str] | None, typer.Option(help=_FAULT_HELP, metavar="FAULT")] = None,
+    trust_checkpoint: _Trust = False,
 ) -> None:
     """Train CONFIG, or go on with it where its run directory stands.
 
@@ -152,11 +177,12 @@ def train(
 
     Example: rondo train quickstart algorithm.name=ppo rollout.workers=2 --dry-run
     """
-    _train(load(config, _overrides(context)), dry_run=dry_run, verbose=verbose, faults=fault or ())
+    wanted = load(config, _overrides(context))
+    _train(wanted, dry_run=dry_run, verbose=verbose, faults=fault or (), trust_checkpoint=trust_checkpoint)
 
 
 @app.command()
-def resume(run: _RunDir, verbose: _Verbose = False) -> None:
+def resume(run: _RunDir, verbose: _Verbose = False, trust_checkpoint: _Trust = False) -> None:
     """Go on with a run from its newest checkpoint, under the configuration it was started with."""
     run = run.absolute()
     stored = _run_config(run)
@@ -164,7 +190,8 @@ def resume(run: _RunDir, verbose: _Verbose = False) -> None:
         raise ConfigError(
             f"{run} was renamed: its config.yaml says run.name = {load(stored).run.name}; name it so again"
         )
-    _train(load(stored, [f"run.dir={run.parent}"]), dry_run=False, verbose=verbose)
+    config = load(stored, [f"run.dir={run.parent}"])
+    _train(config, dry_run=False, verbose=verbose, trust_checkpoint=trust_checkpoint)
 
 
 @app.command(context_settings=_OVERRIDES)
@@ -246,13 +273,14 @@ def submit(
     """Submit CONFIG to a Ray cluster as a job and follow its log.
 
     The same as: ray job submit --address ADDRESS --working-dir . -- python -m cluster.cli train CONFIG ...
+    but that `ray job stop` leaves the run cluster.deadlines.grace_s to commit in, not Ray's 3 s.
     With token authentication, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) are read by Ray.
     """
     from cluster.submit import submit as send
 
     overrides = _overrides(context)
-    load(config, overrides)
-    raise typer.Exit(send(config, overrides, address=address, console=_console))
+    grace_s = load(config, overrides).cluster.deadlines.grace_s
+    raise typer.Exit(send(config, overrides, grace_s=grace_s, address=address, console=_console))
 
 
 @app.command()
@@ -292,13 +320,15 @@ def ckpt_verify(
     run: _RunDir,
     name: Annotated[str | None, typer.Argument(help="One checkpoint's name; all of them if not given.")] = None,
 ) -> None:
-    """Check every file of a run's checkpoints against its manifest; exit with 2 if any is damaged."""
+    """Check every file of a run's checkpoints against its manifest; exit with 2 if any is damaged or there is none."""
     from cluster.checkpoint import CheckpointError, committed, verify
 
     _run_config(run)
     found = {directory.name: directory for directory in committed(run / "checkpoints")}
     if name is not None and name not in found:
         raise ConfigError(f"{run} holds no checkpoint {name}; it has {', '.join(found) or 'none'}")
+    if not found:
+        raise ConfigError(f"{run} has no checkpoints yet; `rondo status {run}` says where it is")
     failed = False
     for directory in found.values() if name is None else [found[name]]:
         try:
@@ -331,7 +361,7 @@ def workers_drain(
     from cluster.run_directory import RunDirectory
 
     _run_config(run)
-    ask_to_leave(RunDirectory(run).leaving, name)
+    ask_to_leave(RunDirectory(run), name)
     _console.print(f"{name} leaves {run} before the next version is published", highlight=False, markup=False)
 
 

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import ray
 
 from cluster.pool import Member, Places, Pool
+from cluster.run_directory import RunDirectory, is_running
 from cluster.supervision import first_line
 from configs.run import RunConfig
 from protocol.errors import UserError
-from protocol.files import write_text
+from protocol.files import read_json, write_text
 
 _LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"rollout-\d+(\.\d+)?")
@@ -153,15 +154,15 @@ class Elastic:
         self._places.give_back(member.index)
 
 
-def ask_to_leave(directory: Path, name: str) -> None:
+def ask_to_leave(directory: RunDirectory, name: str) -> None:
     """Have a rollout worker leave a run after its batch.
 
     Args:
-        directory: Where the run looks for such wishes.
-        name: The worker's name, as in workers.json.
+        directory: The run's.
+        name: The worker's name, as in workers.json, or its place's.
 
     Raises:
-        UserError: If it is no rollout worker's name.
+        UserError: If it is no rollout worker's name, or nobody would hear of the wish.
     """
     if not _NAME.fullmatch(name):
         raise UserError(
@@ -169,8 +170,22 @@ def ask_to_leave(directory: Path, name: str) -> None:
             where="rondo workers drain",
             next_step="name one as in the run's workers.json, such as rollout-2; no others can leave a run",
         )
-    directory.mkdir(exist_ok=True)
-    write_text(directory / name, "")
+    if not is_running(directory):
+        raise UserError(
+            "no process is running this run, so that nobody can leave it",
+            where=str(directory.root),
+            next_step=f"go on with it by `rondo resume {directory.root}`; `rondo status` shows how far it is",
+        )
+    found = read_json(directory.workers, list[str], next_step="wait for it") if directory.workers.exists() else []
+    rollouts = [worker for worker in found if _NAME.fullmatch(worker)]
+    if name not in {place for worker in rollouts for place in (worker, worker.partition(".")[0])}:
+        raise UserError(
+            f"the run has no rollout worker {name!r}; it has {', '.join(rollouts) or 'none yet'}",
+            where=str(directory.workers),
+            next_step="name one of these",
+        )
+    directory.leaving.mkdir(exist_ok=True)
+    write_text(directory.leaving / name, "")
 
 
 def leaving(directory: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """A run's incidents: a record each under `incidents/`, and a line each on the terminal."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 from cluster.schedule import RunState
 from protocol.errors import StorageError
 from protocol.incidents import Incident, write
+
+_LOG = logging.getLogger(__name__)
 
 
 class IncidentLog:
@@ -21,6 +24,7 @@ class IncidentLog:
     def __init__(self, directory: Path, *, say: Callable[[str], None]) -> None:
         self._directory = directory
         self._say = say
+        self._unreadable: set[Path] = set()
         self._known = self._files()
         self.state = RunState()
         """Where the run stands."""
@@ -46,12 +50,25 @@ class IncidentLog:
         """Say what workers have kept by themselves since the last look: refused batches, skipped steps, rewards."""
         found = self._files()
         for path, _ in sorted(found - self._known):
-            record = json.loads(path.read_text(encoding="utf-8"))
-            self._tell(record["what"], record["action"], _place(path))
+            try:
+                record = json.loads(path.read_bytes())
+                what, action = str(record["what"]), str(record["action"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                _LOG.warning("%s is passed over: it is no incident's record: %r", path, error)
+            else:
+                self._tell(what, action, _place(path))
         self._known = found
 
     def _files(self) -> set[tuple[Path, int]]:
-        return {_identity(path) for path in self._directory.glob("*.json")}
+        found: set[tuple[Path, int]] = set()
+        for path in self._directory.glob("*.json"):
+            try:
+                found.add(_identity(path))
+            except OSError as error:  # also one that is gone by now
+                if path not in self._unreadable:
+                    _LOG.warning("%s is passed over: %s", path, error)
+                self._unreadable.add(path)
+        return found
 
     def _tell(self, what: str, action: str, where: str) -> None:
         self._say(f"incident: {what}; {action} ({where})")

@@ -4,13 +4,12 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 from rich.console import Console
 
 from cluster import placement, preflight, run_directory
@@ -44,14 +43,21 @@ from cluster.tracking import (
 )
 from configs.run import RunConfig
 from protocol import tokens
-from protocol.errors import LearnerLostError, UserError, WorkersLostError
+from protocol.errors import StorageError, UserError
 from protocol.files import write_json, writing
 from reward_service.preferences.store import PreferenceStore
 
 _LOG = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, console: Console, *, verbose: bool = False, faults: Sequence[Fault] = ()) -> RunDirectory:
+def train(
+    config: RunConfig,
+    console: Console,
+    *,
+    verbose: bool = False,
+    faults: Sequence[Fault] = (),
+    trust_checkpoint: bool = False,
+) -> RunDirectory:
     """Run a configuration to its end, from wherever its run directory stands.
 
     Args:
@@ -59,6 +65,7 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False, faults:
         console: Where progress goes.
         verbose: Whether the workers' own logs are shown too.
         faults: What shall go wrong, for tests of what becomes of it.
+        trust_checkpoint: Whether it may go on from a checkpoint that is not known to be its own.
 
     Returns:
         The run's directory.
@@ -75,7 +82,7 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False, faults:
             console.print(f"{directory.root} is finished; nothing to do")
         else:
             with writing(directory.root):
-                _run(config, directory, console, verbose=verbose, faults=faults)
+                _run(config, directory, console, verbose=verbose, faults=faults, trust_checkpoint=trust_checkpoint)
         show_result(directory, console)
         return directory
     except UserError:
@@ -87,7 +94,13 @@ def train(config: RunConfig, console: Console, *, verbose: bool = False, faults:
 
 
 def _run(
-    config: RunConfig, directory: RunDirectory, console: Console, *, verbose: bool, faults: Sequence[Fault]
+    config: RunConfig,
+    directory: RunDirectory,
+    console: Console,
+    *,
+    verbose: bool,
+    faults: Sequence[Fault],
+    trust_checkpoint: bool,
 ) -> None:
     progress = Progress(console, collects=lambda number: config.rounds.of(number).collect.comparisons > 0)
     if not directory.policy(0).exists():
@@ -98,20 +111,15 @@ def _run(
         placement.check(placement.plan(config), placement.available_resources())
         with closing(PreferenceStore.open(store_url(config, directory))) as store:
             store.claim(run_directory.run_id(directory))
-            stages = make_stages(config, directory, store, console, progress)
+            stages = make_stages(config, directory, store, console, progress, trust_checkpoint=trust_checkpoint)
             injector = Injector(faults, crew=stages.crew, state=lambda: stages.incidents.state, say=progress.say)
             STOPPING.grace_s, STOPPING.waits = config.cluster.deadlines.grace_s, stages.in_hand
             try:
-                injector.start()
-                state = play(stages, config, stages.resume(), announce=progress.announce)
-                _finish(directory, state)
-                write_report(directory, config, store)
-            except WorkersLostError:
-                stages.save()
-                raise
-            except Stopped:
-                _save_what_stands(stages)
-                raise
+                with keeping_what_stands(stages.save):
+                    injector.start()
+                    state = play(stages, config, stages.resume(), announce=progress.announce)
+                    _finish(directory, state)
+                    write_report(directory, config, store)
             finally:
                 injector.stop()
                 stages.close()
@@ -119,16 +127,39 @@ def _run(
         ray.shutdown()
 
 
-def _save_what_stands(stages: RunStages) -> None:
-    """Commit the last iteration of a run that was asked to stop, if its Ray has not been stopped as well."""
+@contextmanager
+def keeping_what_stands(save: Callable[[], None]) -> Generator[None]:
+    """Commit the last iteration of a run that ends early, whatever ends it; what prevents that never hides the cause.
+
+    Args:
+        save: Commits what stands, if the learner is exactly there.
+
+    Raises:
+        Stopped: If the run was asked to stop. A signal's exception may come out of a library's C code as another one.
+        BaseException: Otherwise what ended it.
+    """
     try:
-        stages.save()
-    except (RayError, LearnerLostError) as error:
-        _LOG.warning("the last iteration could not be committed: %s", first_line(error))
+        yield
+    except StorageError:  # nor does the disk take this
+        raise
+    except BaseException as error:
+        try:
+            save()
+        except Exception as failure:  # noqa: BLE001 - what ended the run is what must be told
+            _LOG.warning("the last iteration could not be committed: %s", first_line(failure))
+        if STOPPING.asked and not isinstance(error, Stopped):
+            raise Stopped from error
+        raise
 
 
 def make_stages(
-    config: RunConfig, directory: RunDirectory, store: PreferenceStore, console: Console, progress: Progress
+    config: RunConfig,
+    directory: RunDirectory,
+    store: PreferenceStore,
+    console: Console,
+    progress: Progress,
+    *,
+    trust_checkpoint: bool = False,
 ) -> RunStages:
     """Put a run together.
 
@@ -138,6 +169,7 @@ def make_stages(
         store: Where tasks and labels are kept.
         console: Where progress goes.
         progress: Likewise.
+        trust_checkpoint: As `train` has it.
 
     Returns:
         The stages; no worker is started before one is needed.
@@ -179,6 +211,7 @@ def make_stages(
         open_sinks=lambda done: _sinks(config, directory, console, done=done),
         progress=progress,
         incidents=incidents,
+        trust_checkpoint=trust_checkpoint,
     )
 
 

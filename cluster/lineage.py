@@ -1,13 +1,12 @@
 """What every artefact of a run was made from, in one file beside them."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from protocol.files import write_json
+from protocol.files import read_json, write_json
 
 Kind = Literal["policy", "reward_model", "comparisons"]
 
@@ -42,10 +41,18 @@ def note(path: Path, artefact: Artefact) -> None:
 
 
 def read(path: Path) -> list[Artefact]:
-    """Read all artefacts, in the order in which they were made."""
+    """Read all artefacts, in the order in which they were made.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
     if not path.exists():
         return []
-    entries = json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, parsed, next_step="restore it from a copy: it alone says what was made from what")
+
+
+def parsed(entries: Any) -> list[Artefact]:
+    """Make artefacts of the file's plain values."""
     return [Artefact(**{**entry, "parents": tuple(entry["parents"])}) for entry in entries.values()]
 
 

@@ -117,7 +117,7 @@ def read_record(directory: RunDirectory, config: RunConfig, store: PreferenceSto
         reward_models=_reward_models(reader, directory),
         lengths=_lengths(reader, directory),
         samples=tuple(reader.lines(directory.samples)),
-        artefacts=tuple(reader.guarded(directory.lineage, lambda: lineage.read(directory.lineage)) or ()),
+        artefacts=tuple(reader.parsed(directory.lineage, lineage.parsed) or ()),
         incidents=_incidents(reader, directory.incidents),
         tasks=() if store is None else tuple(store.tasks()),
         labeled=() if store is None else tuple(store.labeled()),

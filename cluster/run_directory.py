@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.resizing import way_on
+from cluster.schedule import RunState
 from configs.load import ConfigError, config_hash, dump, load
 from configs.run import RunConfig
 from protocol.errors import StorageError, UserError
-from protocol.files import make_directory, write_text
+from protocol.files import make_directory, read_json, write_text
 
 _LOCK = ".lock"
 
@@ -117,6 +118,11 @@ class RunDirectory:
         return self.round(number) / "round.json"
 
     @property
+    def run_id(self) -> Path:
+        """The run's own id, which its checkpoints name."""
+        return self.root / "run_id"
+
+    @property
     def workers(self) -> Path:
         """Which node each worker is on."""
         return self.root / "workers.json"
@@ -212,7 +218,7 @@ def differences(stored: Path, config: RunConfig) -> list[str]:
 
 def discard_untouched(directory: RunDirectory) -> None:
     """Remove a run's directory if nothing has been done in it."""
-    if {path.name for path in directory.root.iterdir()} <= {directory.config.name, _LOCK, "run_id"}:
+    if {path.name for path in directory.root.iterdir()} <= {directory.config.name, _LOCK, directory.run_id.name}:
         shutil.rmtree(directory.root)
 
 
@@ -238,6 +244,23 @@ def lock(directory: RunDirectory) -> int:
     return descriptor
 
 
+def is_running(directory: RunDirectory) -> bool:
+    """Say whether a driver holds the directory's lock."""
+    path = directory.root / _LOCK
+    return path.is_file() and _is_held(path)
+
+
+def _is_held(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _refuse_vanishing(config: RunConfig, root: Path) -> None:
     """A Ray job runs in a temporary copy of the working directory, which goes when the job ends."""
     in_copy = "runtime_resources" in Path.cwd().parts
@@ -258,10 +281,21 @@ def _differences(old: object, new: object, path: str = "") -> list[str]:
 
 def run_id(directory: RunDirectory) -> str:
     """Return the run's own id, made when it is first asked for."""
-    path = directory.root / "run_id"
-    if not path.exists():
-        write_text(path, uuid.uuid4().hex)
-    return path.read_text()
+    if not directory.run_id.exists():
+        write_text(directory.run_id, uuid.uuid4().hex)
+    return directory.run_id.read_text()
+
+
+def state_of(directory: RunDirectory) -> RunState:
+    """Read which phase the run has reached; one that has reached none is at its beginning.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    if not directory.state.exists():
+        return RunState()
+    step = f"restore it from a copy, or remove it (`rm {directory.state}`): the newest checkpoint says as much"
+    return read_json(directory.state, RunState.from_json, next_step=f"{step}, and what was done since is kept")
 
 
 def store_url(config: RunConfig, directory: RunDirectory) -> str:

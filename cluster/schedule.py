@@ -65,9 +65,17 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError: If that is not what the values are.
+        """
         rest = {name: value for name, value in values.items() if name != "phase"}
-        return cls(phase=Phase(values["phase"]), **rest)
+        state = cls(phase=Phase(values["phase"]), **rest)
+        counts = (state.round, state.iteration, state.policy_version, state.best_version, state.last_version)
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"a count is no whole number: {values}")
+        return state
 
 
 def after(state: RunState, config: RunConfig) -> RunState:
@@ -145,6 +153,17 @@ def checkpoint_is_due(state: RunState, config: RunConfig) -> bool:
     """Whether a checkpoint follows the iteration that led to this state."""
     period = config.cluster.checkpoint_period_iterations
     return state.iteration % period == 0 or state.phase is not Phase.OPTIMISE
+
+
+def goes_on_from(saved: RunState, state: RunState) -> bool:
+    """Say whether what is saved is the end of the iterations that a phase after them follows.
+
+    Args:
+        saved: What a checkpoint holds.
+        state: The beginning of a phase: of one that follows its round's iterations, or the round before's.
+    """
+    iterated = _ORDER[state.phase] > _ORDER[Phase.OPTIMISE]
+    return saved.phase is Phase.EVALUATE and saved.round == state.round - (not iterated)
 
 
 def requests(

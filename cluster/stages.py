@@ -4,7 +4,6 @@ Every phase leaves something durable and is skipped where that is there, so a ru
 with the same data and trains and labels nothing twice.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import checkpoint, evaluation, guards, lineage, resumption, retention, schedule, tracking
+from cluster import checkpoint, evaluation, guards, lineage, resumption, retention, run_directory, schedule, tracking
 from cluster.collection import Collection
 from cluster.committer import Committer
 from cluster.crew import Crew
@@ -82,6 +81,7 @@ class RunStages:
         open_sinks: Opens the metric sinks, given the iterations that stand.
         progress: Shows the figures of a running stage.
         incidents: Keeps what went wrong.
+        trust_checkpoint: As `resumption.newest` has it.
     """
 
     def __init__(
@@ -93,8 +93,10 @@ class RunStages:
         open_sinks: Callable[[int], Sinks],
         progress: Progress,
         incidents: IncidentLog,
+        trust_checkpoint: bool = False,
     ) -> None:
         self.config = config
+        self._trusts = trust_checkpoint
         self.directory = directory
         self.crew = parts.crew
         self._collection = parts.collection
@@ -115,28 +117,25 @@ class RunStages:
 
     def resume(self) -> RunState:
         """Find where the run stands: where its phases or its newest checkpoint have got, or its beginning."""
-        state = RunState()
-        if self.directory.state.exists():
-            state = RunState.from_json(json.loads(self.directory.state.read_text()))
-        found = self._committer.latest = resumption.newest(self.directory.checkpoints, self.config)
+        state, root = run_directory.state_of(self.directory), self.directory.checkpoints
+        found = self._committer.latest = resumption.newest(root, self.config, trusts_all=self._trusts)
         if found is not None:
             saved = RunState.from_json(found.driver["state"])
             _LOG.info("the newest checkpoint is %s", found.directory)
-            if state.phase is Phase.EVALUATE and not self.directory.policy(state.policy_version).exists():
-                # Its weights are in its own checkpoint alone; an older one must not be given its name.
-                if saved.position != state.position:
-                    _LOG.warning(
-                        "the checkpoint of round %d's end is gone; its last iterations are repeated", state.round
-                    )
+            if state.position > saved.position and not schedule.goes_on_from(saved, state):
+                # The prompt cursor and what a method carries over are in that checkpoint alone, and a policy that is
+                # not exported yet too; an older one must not stand in. What is repeated keeps what is durable.
+                text = "round %d, %s goes on from a checkpoint that is gone; what followed %s is repeated"
+                _LOG.warning(text, state.round, state.phase.value, found.name)
                 state = saved
             state = max(state, saved, key=lambda found: found.position)
         elif state.round > 1 or state.phase in (Phase.EVALUATE, Phase.RANK):
             raise UserError(
                 f"the run is in round {state.round}, {state.phase.value}, but has no checkpoint",
-                where=str(self.directory.checkpoints),
+                where=str(root),
                 next_step="restore one from a copy, or move the run directory away to start again",
             )
-        checkpoint.tidy(self.directory.checkpoints)
+        checkpoint.tidy(root)
         self._state = state
         self.incidents.at(state)
         return state
@@ -146,9 +145,12 @@ class RunStages:
 
         Raises:
             LearnerLostError: If they may not start again.
+            Stopped: If the run was asked to stop; a signal also ends ranks that are in the same terminal.
         """
+        self._standstill = None  # nobody holds it any more
+        if STOPPING.asked:
+            raise Stopped from error
         self._restarts.spend(error)
-        self._standstill = None
         self.crew.stop_learner()
         self._close_sinks()
         self._prompts.rewind()
@@ -373,10 +375,11 @@ class RunStages:
             resumption.write_config(staging, self.config)
 
         state, settings = last.state, self.config.cluster
+        own = run_directory.run_id(self.directory)
         referred = lineage.referred(self.directory.lineage, below=self.directory.checkpoints.name)
         self._committer.begin(
             checkpoint.name_of(round=state.round, iteration=state.iteration),
-            driver={"state": state.to_json(), "prompts": last.prompts},
+            driver={"state": state.to_json(), "prompts": last.prompts, resumption.RUN_ID: own},
             config_hash=config_hash(self.config),
             write_parts=write_parts,
             choose=lambda found: retention.kept(found, settings, best_version=state.best_version, referred=referred),

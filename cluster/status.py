@@ -11,8 +11,7 @@ from rich.tree import Tree
 from cluster import lineage
 from cluster.checkpoint import committed
 from cluster.lineage import Artefact
-from cluster.run_directory import RunDirectory
-from cluster.schedule import RunState
+from cluster.run_directory import RunDirectory, state_of
 from cluster.tracking import evaluation_table, ladder_table, read_lines
 from configs.load import config_hash
 from configs.run import RunConfig
@@ -52,7 +51,7 @@ def describe(run: Path, config: RunConfig) -> RenderableType:
         parts.append(ladder_table(json.loads(directory.ladder.read_text())))
     done = directory.finished.exists()
     if not done and directory.state.exists():
-        state = RunState.from_json(json.loads(directory.state.read_text()))
+        state = state_of(directory)
         parts.append(Text(f"phase: round {state.round}, {state.phase.value}"))
     parts.append(Text("finished" if done else f"not finished; go on with: rondo resume {run}"))
     return Group(*parts)
@@ -70,7 +69,7 @@ def _lineage(directory: RunDirectory, config: RunConfig) -> Tree:
     artefacts = lineage.read(directory.lineage)
     if not artefacts:
         tree.add("nothing has been made yet")
-    best = RunState.from_json(json.loads(directory.state.read_text())).best_version if directory.state.exists() else 0
+    best = state_of(directory).best_version
     branches: dict[str, Tree] = {}
     for artefact in artefacts:
         parent = artefact.parents[0] if artefact.parents else None

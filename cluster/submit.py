@@ -1,5 +1,6 @@
 """Submits a run as a Ray job: what `ray job submit --working-dir .` does, with the job's log followed."""
 
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -13,14 +14,17 @@ from protocol.errors import UserError
 # A job's working directory goes to every node; files that usually hold secrets stay here.
 _EXCLUDED = [".venv", "runs", ".git", "**/__pycache__", "**/.env", "**/.netrc", "**/*.secret"]
 _AGENT_S = 60.0
+_GOODBYE_S = 5.0
+"""For the process to end by itself after its grace time."""
 
 
-def submit(config: str, overrides: Sequence[str], *, address: str, console: Console) -> int:
+def submit(config: str, overrides: Sequence[str], *, grace_s: float, address: str, console: Console) -> int:
     """Submit a configuration and follow the job to its end.
 
     Args:
         config: The configuration file's path within this directory, or a preset's name.
         overrides: `a.b=c` each.
+        grace_s: How long a run that is asked to stop may take, `cluster.deadlines.grace_s`.
         address: The cluster's dashboard.
         console: Where the log goes.
 
@@ -34,7 +38,7 @@ def submit(config: str, overrides: Sequence[str], *, address: str, console: Cons
 
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    described = description(config, overrides)
+    described = description(config, overrides, grace_s=grace_s)
     command = described["entrypoint"]
     try:
         client = JobSubmissionClient(address)
@@ -58,18 +62,20 @@ def submit(config: str, overrides: Sequence[str], *, address: str, console: Cons
     return 0 if ended is JobStatus.SUCCEEDED else 1
 
 
-def description(config: str, overrides: Sequence[str]) -> dict[str, Any]:
+def description(config: str, overrides: Sequence[str], *, grace_s: float) -> dict[str, Any]:
     """Describe the job as the cluster keeps it and shows it to everybody: no variable of the environment goes along.
 
     Args:
         config: As `submit` takes it.
         overrides: Likewise.
+        grace_s: Likewise. Ray's own answer to a stop is a kill after 3 s, in which nothing is committed.
 
     Returns:
         The arguments of Ray's `submit_job`.
     """
     command = shlex.join(["python", "-m", "cluster.cli", "train", config, *overrides])
-    return {"entrypoint": command, "runtime_env": {"working_dir": ".", "excludes": _EXCLUDED}}
+    stop_wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(grace_s + _GOODBYE_S))}
+    return {"entrypoint": command, "runtime_env": {"working_dir": ".", "excludes": _EXCLUDED, "env_vars": stop_wait}}
 
 
 def _once_there_is_an_agent(submit: Callable[[], str]) -> str:

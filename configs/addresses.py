@@ -13,7 +13,10 @@ _METADATA = frozenset(
     ipaddress.ip_address(address) for address in ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254")
 )
 """Metadata services outside the link-local range: Alibaba Cloud, Azure, Oracle Cloud, AWS over IPv6."""
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_ENDING_IN_IPV4 = tuple(ipaddress.IPv6Network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96"))
+"""Their last 32 bits are an IPv4 address: NAT64 (RFC 6052, RFC 8215), IPv4-compatible (RFC 4291)."""
+_LOCAL_NAT64 = _ENDING_IN_IPV4[1]
+"""A site cuts prefixes of any length out of it; the shorter ones leave the address in the middle, around byte 8."""
 
 
 def with_passwords(values: object, path: str = "") -> list[str]:
@@ -44,7 +47,7 @@ def forbidden(address: str) -> str | None:
     """Say why an IP address must not be connected to.
 
     Link-local addresses (RFC 3927, RFC 4291) are where a cloud hands a machine its credentials; the same addresses
-    wrapped into IPv6 (mapped, 6to4, NAT64) are meant too.
+    wrapped into IPv6 (mapped, compatible, 6to4, NAT64) are meant too.
 
     Args:
         address: An IP address, not a name.
@@ -53,12 +56,20 @@ def forbidden(address: str) -> str | None:
         What kind of address it is, or None if it may be connected to.
     """
     ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        translated = ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF) if ip in _NAT64 else None
-        ip = ip.ipv4_mapped or ip.sixtofour or translated or ip
-    if ip.is_link_local:
+    meant = [ip, *_embedded(ip)] if isinstance(ip, ipaddress.IPv6Address) else [ip]
+    if any(each.is_link_local for each in meant):
         return "a link-local address"
-    return "a cloud's metadata service" if ip in _METADATA else None
+    return "a cloud's metadata service" if _METADATA.intersection(meant) else None
+
+
+def _embedded(ip: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """List the IPv4 addresses that an IPv6 address may stand for."""
+    packed = ip.packed
+    places = [packed[12:]] if any(ip in network for network in _ENDING_IN_IPV4) else []
+    if ip in _LOCAL_NAT64:
+        places += [packed[6:8] + packed[9:11], packed[7:8] + packed[9:12], packed[9:13]]
+    named = [each for each in (ip.ipv4_mapped, ip.sixtofour) if each is not None]
+    return [*named, *map(ipaddress.IPv4Address, places)]
 
 
 def trouble(url: str, *, allowed_hosts: Sequence[str] | None = None) -> str | None:

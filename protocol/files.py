@@ -4,15 +4,16 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from protocol.errors import StorageError, UserError
 
 STORAGE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 """The disk is full, a quota or a limit is reached, it is read-only, or it is broken."""
+T = TypeVar("T")
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
@@ -49,6 +50,28 @@ def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
 def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write a JSON file whole or not at all."""
     write_text(path, json.dumps(values, indent=2))
+
+
+def read_json(path: Path, parse: Callable[[Any], T], *, next_step: str) -> T:
+    """Read a JSON file that people may edit and disks may damage.
+
+    Args:
+        path: The file.
+        parse: Makes what it is to be of plain JSON values; whatever it raises of a wrong value counts as damage.
+        next_step: What to do about a damaged one.
+
+    Raises:
+        UserError: If it is damaged, naming it.
+    """
+    try:
+        return parse(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"the file cannot be read: {type(error).__name__}: {error}",
+            where=str(path),
+            cause="it was edited or damaged",
+            next_step=next_step,
+        ) from None
 
 
 def make_directory(path: Path) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_train import rondo
+from cluster.checkpoint import verify
+from tests.integration.test_train import metrics_of, rondo
+from tests.json_server import Reply, serving
+from tests.reward_batches import lengths
 from tests.tiny import tiny_llama
 from tests.tiny_run import tiny_overrides
 
@@ -91,3 +94,23 @@ def test_a_failing_reward_names_the_prompt_and_keeps_the_batch(tmp_path: Path, k
     [record] = [path for path in (tmp_path / "runs" / "tiny" / "incidents").glob("*.json") if path.name in message]
     assert json.loads(record.read_text())["kind"] == "reward_failed"
     assert "prompt" in record.with_suffix(".jsonl").read_text()
+
+
+def test_a_reward_that_stays_down_costs_no_finished_iteration(tmp_path: Path) -> None:
+    """Checkpoints are due after every second iteration; the first is committed when the second's rewards fail."""
+    tiny_llama(tmp_path / "model")
+    with serving(lambda n, body: Reply(b"gone", 410) if "/i1/" in body["keys"][0] else lengths(n, body)) as server:
+        message = refused(
+            tmp_path,
+            f"scoring.rewards=[{{kind: http, name: tone, url: '{server.url}'}}]",
+            f"models.policy={{path: {tmp_path / 'model'}}}",
+            "models.critic.init=policy",
+            "data.demonstrations=null",
+            "data.preferences=null",
+            code=1,
+            within_s=240,
+        )
+    assert "status 410" in message
+    assert len(metrics_of(tmp_path / "runs" / "tiny")) == 1
+    [kept] = (tmp_path / "runs" / "tiny" / "checkpoints").iterdir()
+    assert verify(kept).driver["state"]["iteration"] == 1

@@ -11,6 +11,7 @@ import ray
 
 from cluster.elastic import Elastic, Surroundings, ask_to_leave, leaving
 from cluster.pool import Anywhere, Pool
+from cluster.run_directory import RunDirectory
 from configs.cluster import DeadlinesConfig
 from protocol.errors import UserError
 from tests.integration.cluster_run import run_on_cluster
@@ -78,6 +79,11 @@ class Setting:
         )
         self.elastic = Elastic(self.pool, self.room, config, surroundings)
 
+    def wish(self, name: str) -> None:
+        """Ask a worker to leave, as the command does."""
+        self.leaving.mkdir(exist_ok=True)
+        (self.leaving / name).touch()
+
     @property
     def names(self) -> list[str]:
         return [member.name for member in self.pool.members]
@@ -124,8 +130,8 @@ def test_who_is_asked_to_leave_leaves_for_good_down_to_the_minimum(
 ) -> None:
     setting.room.open = True
     setting.renew_until(["rollout-0", "rollout-1", "rollout-2"])
-    ask_to_leave(setting.leaving, "rollout-1")
-    ask_to_leave(setting.leaving, "rollout-7")
+    setting.wish("rollout-1")
+    setting.wish("rollout-7")
     with caplog.at_level(logging.INFO):
         setting.elastic.renew()
     assert setting.names == ["rollout-0", "rollout-2"]
@@ -137,7 +143,7 @@ def test_who_is_asked_to_leave_leaves_for_good_down_to_the_minimum(
         setting.elastic.renew()
     assert setting.room.known == 3  # nobody is sought in its place
     for name in ("rollout-0", "rollout-2"):
-        ask_to_leave(setting.leaving, name)
+        setting.wish(name)
     setting.elastic.renew()
     assert setting.names == ["rollout-2"]
     assert "rollout-2 stays: the run needs rollout.min_workers" in caplog.text
@@ -176,7 +182,7 @@ def test_who_does_not_start_is_given_up_and_tried_as_often_as_configured(
 @pytest.mark.parametrize("name", ["learner-0", "../config.yaml", "rollout-", "rollout-1/x", ""])
 def test_nobody_else_may_be_asked_to_leave(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="is no rollout worker"):
-        ask_to_leave(tmp_path / "leaving", name)
+        ask_to_leave(RunDirectory(tmp_path), name)
     assert not (tmp_path / "leaving").exists()
 
 

@@ -171,9 +171,11 @@ def test_a_job_and_its_workers_are_described_without_the_environment(
     tmp_path: Path, planted: pytest.LogCaptureFixture
 ) -> None:
     chosen = overrides("http://127.0.0.1:9/score", tmp_path)
-    described = submit.description("quickstart", chosen)
+    described = submit.description("quickstart", chosen, grace_s=30.5)
     assert shlex.split(described["entrypoint"])[:6] == ["python", "-m", "cluster.cli", "train", "quickstart", chosen[0]]
-    assert set(described["runtime_env"]) == {"working_dir", "excludes"}
+    assert set(described["runtime_env"]) == {"working_dir", "excludes", "env_vars"}
+    # Ray kills a job that is stopped after so many seconds; the run commits within its grace time.
+    assert described["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "36"}
     config = load("quickstart", chosen)
     environments = (
         scoring_worker.environment(config),

@@ -9,7 +9,7 @@ import pytest
 
 from cluster import checkpoint, resumption
 from cluster.cli import main
-from cluster.run_directory import RunDirectory, claim
+from cluster.run_directory import RunDirectory, claim, run_id
 from cluster.schedule import Phase, RunState
 from configs.load import config_hash
 from tests.tiny_run import tiny_config
@@ -26,7 +26,7 @@ def commit(directory: RunDirectory, *, round: int, iteration: int, version: int,
     return checkpoint.commit(
         directory.checkpoints,
         checkpoint.name_of(round=round, iteration=iteration),
-        driver={"state": state.to_json()},
+        driver={"state": state.to_json(), "run_id": run_id(directory)},
         config_hash=config_hash(config),
         write_parts=write_parts,
     ).directory
@@ -103,6 +103,16 @@ def test_the_list_says_that_a_resume_would_refuse_another_configuration(
     assert not any("a resume uses it" in line for line in lines)
 
 
+def test_the_list_says_that_a_resume_would_refuse_another_runs_checkpoint(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.run_id.write_text("another")
+    _, lines = rondo(capsys, "ckpt", "ls", run.root)
+    text = " ".join(" ".join(line.strip("│ ") for line in lines).replace("│", " ").split())
+    assert "newest, a resume refuses yes, but not known to be of this run: see --trust-checkpoint" in text
+    assert not any("a resume uses it" in line for line in lines)
+
+
 def test_verify_checks_all_and_exits_with_2_and_the_reason_if_one_is_damaged(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,4 +138,6 @@ def test_verify_checks_one_by_name(run: RunDirectory, capsys: pytest.CaptureFixt
 def test_a_run_without_checkpoints_has_an_empty_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = claim(tiny_config(tmp_path))
     assert rondo(capsys, "ckpt", "ls", directory.root)[0] == 0
-    assert rondo(capsys, "ckpt", "verify", directory.root)[0] == 0
+    code, lines = rondo(capsys, "ckpt", "verify", directory.root)
+    assert code == 2
+    assert f"{directory.root} has no checkpoints yet" in " ".join(lines)

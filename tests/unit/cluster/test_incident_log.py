@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from cluster.incident_log import IncidentLog
 from cluster.schedule import Phase, RunState
 from protocol.incidents import Incident, write
@@ -55,3 +57,22 @@ def test_what_a_worker_keeps_is_said_once_and_again_only_when_it_happens_again(t
     os.utime(write(tmp_path, INCIDENT, name="nonfinite-r001-i000003"), ns=(0, 1))  # the iteration was repeated
     log.look()
     assert len(said) == 3
+
+
+@pytest.mark.parametrize("text", ["my notes", '{"a": 1}', "[]", "3", "\xff", "[" * 100_000])
+def test_what_is_no_record_is_passed_over_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    said: list[str] = []
+    log = IncidentLog(tmp_path, say=said.append)
+    (tmp_path / "notes.json").write_bytes(text.encode("latin-1"))
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")  # as a file that goes between two looks at it
+    path = write(tmp_path, INCIDENT, name="nonfinite-r001-i000003")
+    log.look()
+    log.look()
+    assert said == [f"incident: no room; the run goes on ({tmp_path.name}/{path.name})"]
+    warnings = sorted(record.getMessage() for record in caplog.records)
+    assert [line.split(" is passed over: ")[0] for line in warnings] == [
+        str(tmp_path / "gone.json"),
+        str(tmp_path / "notes.json"),
+    ]

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from cluster import lineage
 from cluster.lineage import Artefact
+from protocol.errors import UserError
 
 
 def test_artefacts_are_kept_in_order_and_recording_again_changes_nothing(tmp_path: Path) -> None:
@@ -24,6 +27,17 @@ def test_artefacts_are_kept_in_order_and_recording_again_changes_nothing(tmp_pat
     lineage.note(path, reward)
     assert lineage.read(path) == [policy, reward]
     assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"policies/v000": 3}', '{"a": {"name": "a", "parents": [], "x": 1}}', "\xff"]
+)
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "lineage.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="cannot be read: .*damaged. Next: restore it") as error:
+        lineage.read(path)
+    assert error.value.where == str(path)
 
 
 def test_comparisons_are_counted_in_tasks_and_pairs() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster import checkpoint, preflight, resumption
-from cluster.run_directory import claim
+from cluster.run_directory import RunDirectory, claim, run_id
 from configs.load import config_hash, load
 from configs.run import RunConfig
 from protocol.errors import UserError
@@ -74,7 +74,7 @@ def test_an_edited_configuration_is_refused_with_the_same_command(wanted: RunCon
     made = checkpoint.commit(
         root / "checkpoints",
         "r001-i000002",
-        driver={"state": {}, "prompts": {}},
+        driver={"state": {}, "prompts": {}, "run_id": run_id(RunDirectory(root))},
         config_hash=config_hash(before),
         write_parts=lambda staging: resumption.write_config(staging, before),
     )

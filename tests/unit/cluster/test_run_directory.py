@@ -47,3 +47,27 @@ def test_a_jobs_temporary_copy_is_no_place_for_results(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match="would be lost"):
         run_directory.claim(load("quickstart"))
     assert list(copy.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"pha',
+        "",
+        "[]",
+        "7",
+        '{"round": 1}',
+        '{"phase": "nope"}',
+        '{"phase": "sft", "new_field": 1}',
+        '{"phase": "sft", "round": "2"}',
+        '{"phase": "sft", "iteration": -1}',
+        "\xff\xfe",
+    ],
+)
+def test_a_damaged_state_is_named_with_what_to_do(tmp_path: Path, text: str) -> None:
+    directory = run_directory.RunDirectory(tmp_path)
+    assert run_directory.state_of(directory).round == 1
+    directory.state.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=f"cannot be read: .*Next: restore it .*rm {directory.state}") as error:
+        run_directory.state_of(directory)
+    assert error.value.where == str(directory.state)

@@ -15,6 +15,7 @@ from cluster.incident_log import IncidentLog
 from cluster.run_directory import RunDirectory, claim
 from cluster.schedule import Phase, RunState
 from cluster.stages import Parts, RunStages
+from cluster.stopping import Stopped
 from cluster.tracking import Sinks
 from protocol.errors import LearnerLostError, Resumable, StorageError
 from protocol.messages import IterationReport
@@ -118,6 +119,13 @@ def test_a_phase_is_reached_when_its_checkpoint_is_there(tmp_path: Path, monkeyp
     assert seen == [[("r001-i000002", "2"), ("r001-i000004", "4")]]
 
 
+def test_a_checkpoint_names_its_run(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.stages.reached(run.iterate(4))
+    found = verify(run.directory.checkpoints / "r001-i000004")
+    assert found.driver["run_id"] == run.directory.run_id.read_text()
+
+
 def test_a_periodic_checkpoint_may_fail_and_is_not_tried_again_before_the_next(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.iterate(1)
@@ -190,8 +198,57 @@ def test_a_lost_learner_goes_on_from_the_commit_that_was_under_way(tmp_path: Pat
     assert (state.iteration, state.policy_version) == (2, 2)
 
 
+def test_a_lost_learner_is_not_asked_to_save_and_not_started_again_after_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path)
+    run.iterate(1)
+    monkeypatch.setattr(module.STOPPING, "asked", True)
+    with pytest.raises(Stopped):
+        run.stages.recover(LearnerLostError("learner-0 died"))
+    run.stages.save()
+    assert run.learner.attempts == 0
+
+
 def test_a_run_that_ends_waits_for_its_last_commit(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.iterate(2)
     run.stages.close()
     assert run.committed == [("r001-i000002", "1")]
+
+
+def spoil(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_phase_goes_on_from_the_end_of_the_iterations_before_it_or_these_are_repeated(tmp_path: Path) -> None:
+    """The prompt cursor is in that checkpoint: an older one would hand prompts out a second time, and say nothing."""
+    run = Run(tmp_path, "rounds.count=2")
+    for done in (1, 2, 3):
+        run.iterate(done)
+    run.stages.reached(run.iterate(4))
+    run.directory.policy(4).mkdir(parents=True)  # the round's policy is exported
+
+    def resumed(phase: Phase, round: int, iteration: int) -> tuple[str, int, int]:
+        state = RunState(phase=phase, round=round, iteration=iteration, policy_version=4)
+        run.directory.state.write_text(json.dumps(state.to_json()))
+        found = run.stages.resume()
+        return found.phase.value, found.round, found.iteration
+
+    before = [Phase.COLLECT, Phase.LABEL, Phase.REFRESH, Phase.CALIBRATE, Phase.BASELINE, Phase.OPTIMISE]
+    after = [Phase.EVALUATE, Phase.RANK, Phase.DONE]
+    for phase in before:
+        assert resumed(phase, 2, 0) == (phase.value, 2, 0)
+        assert resumed(phase, 1, 0) == ("evaluate", 1, 4)  # the checkpoint is ahead
+    for phase in after:
+        assert resumed(phase, 1, 4) == (phase.value, 1, 4)
+        assert resumed(phase, 2, 4) == ("evaluate", 1, 4)  # the second round's iterations are repeated
+
+    damaged = run.directory.checkpoints / "r001-i000004" / "learner" / "updates"
+    damaged.write_text("5")
+    for place in [(phase, 2, 0) for phase in before] + [(phase, 1, 4) for phase in after]:
+        assert resumed(*place) == ("optimise", 1, 2)
+        assert run.stages._committer.latest is not None
+        assert run.stages._committer.latest.driver["prompts"] == {"taken": 2}

@@ -16,7 +16,14 @@ from configs.load import ConfigError, load
         "fe80::1%eth0",
         "febf::1",
         "::ffff:169.254.169.254",
+        "::169.254.169.254",
+        "::100.100.100.200",
         "64:ff9b::a9fe:a9fe",
+        "64:ff9b:1::a9fe:a9fe",
+        "64:ff9b:1:abcd::168.63.129.16",
+        "64:ff9b:1:a9fe:a9:fe00::",
+        "64:ff9b:1:a9:fe:a9fe::",
+        "64:ff9b:1:0:a9:fea9:fe00:0",
         "2002:a9fe:a9fe::1",
         "100.100.100.200",
         "168.63.129.16",
@@ -31,7 +38,20 @@ def test_link_local_and_metadata_addresses_are_forbidden_however_they_are_writte
 
 @pytest.mark.parametrize(
     "address",
-    ["127.0.0.1", "::1", "10.0.0.7", "192.168.1.1", "100.100.100.201", "169.253.255.255", "169.255.0.0", "fec0::1"],
+    [
+        "127.0.0.1",
+        "::1",
+        "::",
+        "::10.0.0.7",
+        "64:ff9b:1::a00:7",
+        "64:ff9b::808:808",
+        "10.0.0.7",
+        "192.168.1.1",
+        "100.100.100.201",
+        "169.253.255.255",
+        "169.255.0.0",
+        "fec0::1",
+    ],
 )
 def test_this_machine_and_private_networks_are_not(address: str) -> None:
     assert forbidden(address) is None
