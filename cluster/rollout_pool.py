@@ -16,7 +16,7 @@ from cluster.pool import Anywhere, Member, Places, Pool, Report
 from cluster.supervision import FAILURES, GONE, LATE, Handle, Watch, first_line, wait
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
-from protocol.errors import LearnerLostError, LostDataError, NoPlaceError
+from protocol.errors import LearnerLostError, LostDataError
 from protocol.incidents import Incident
 from protocol.messages import Rollout, RolloutMeta, RolloutRequest
 from protocol.roles import Broadcast, Finished, Publication, RolloutRef, resolve
@@ -112,12 +112,15 @@ class RolloutPool:
         Returns:
             The worker, and a reference that is ready when it may be admitted.
         """
-        _LOG.warning("%s is lost (%s); starting a replacement", member.name, first_line(error))
         fresh = self._pool.replace(member, cause=error)
         self._measured.forget()
+        return fresh, self._ready(fresh)
+
+    def _ready(self, fresh: Member) -> Any:
+        """Have a new worker load the current version; the reference is ready when it may be admitted."""
         if self._publication is None:  # it loads version 0 from the same directory as the others
-            return fresh, fresh.handle.status.remote()
-        return fresh, self._load(fresh.handle, self._publication)
+            return fresh.handle.status.remote()
+        return self._load(fresh.handle, self._publication)
 
     def admit(self, fresh: Member, ref: Any) -> VersionProof | None:
         """Let a replacement serve, once it has proven the current version.
@@ -219,12 +222,8 @@ class RolloutPool:
                 return self._judged(member, ref, publication.manifest)
             except Exception as error:  # noqa: BLE001 - likewise
                 first = error
-        fresh, ready = self.replace(member, first)
-        try:
-            return self.admit(fresh, ready)
-        except NoPlaceError:
-            self._pool.leave(fresh)
-            return None
+        self._measured.forget()
+        return self._pool.refill(member, cause=first, admit=lambda fresh: self.admit(fresh, self._ready(fresh)))
 
 
 class StaleProofError(RuntimeError):

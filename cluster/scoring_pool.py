@@ -15,7 +15,6 @@ from cluster.supervision import FAILURES, LATE, Handle, Watch, wait
 from configs.cluster import DeadlinesConfig
 from configs.scoring import HELDOUT, ModelRewardConfig, ScoringConfig
 from protocol import metrics as names
-from protocol.errors import NoPlaceError
 from protocol.messages import ReferenceSummary, RewardScores, RolloutKey
 from protocol.records import Text
 from protocol.roles import Finished, ScoredGroup, ScoredReferences, ScoringSummary
@@ -201,15 +200,15 @@ class ScoringPool:
                 sent[index] = ask(index)
 
     def _replace(self, pool: Pool, lost: Member, error: BaseException) -> None:
-        fresh = pool.replace(lost, cause=error)
-        self._measured.forget()
-        try:
+        """Have a worker replaced; where there is no room for another, the others take its groups."""
+
+        def admit(fresh: Member) -> None:
             pool.admit(fresh)
-        except NoPlaceError:
-            pool.leave(fresh)  # the others take its groups
-            return
-        if pool is self.rewards:
-            self._wait([fresh.handle.load.remote(**self._loaded)], f"loading {fresh.name}", [fresh])
+            if pool is self.rewards:
+                self._wait([fresh.handle.load.remote(**self._loaded)], f"loading {fresh.name}", [fresh])
+
+        self._measured.forget()
+        pool.refill(lost, cause=error, admit=admit)
 
     def _tell(self, what: Mapping[str, Any], why: str) -> None:
         """Have every reward worker load something."""
