@@ -249,6 +249,14 @@ class Pool:
         """Say whether a worker has waited too long for its place."""
         return self._place_watch.without_place(member)
 
+    def overdue(self, member: Member, *, loading_s: float) -> DeadlineError | None:
+        """Say whether a replacement that nobody waits for takes too long to start, and to load what it needs."""
+        bound_s = self._deadlines.start_s + loading_s
+        if monotonic() - member.asked <= bound_s:
+            return None
+        key = "cluster.deadlines.start_s" + (" + publish_s" if loading_s else "")
+        return DeadlineError(f"starting {member.name}: it did not answer within {key} = {bound_s:g} s")
+
     def leave(self, member: Member) -> None:
         """Go on without a worker for which the cluster has no room.
 
