@@ -220,12 +220,12 @@ class RolloutPool:
         except LATE:
             raise
         except Exception as error:  # noqa: BLE001 - the supervision boundary: whatever it was, it is no proof
-            what = f"{member.name} could not prove version {publication.manifest.policy_version}"
-            _LOG.warning("%s and is fenced: %s", what, first_line(error))
+            proving = f"could not prove version {publication.manifest.policy_version}"
+            _LOG.warning("%s is fenced, it %s: %s", member.name, proving, first_line(error))
             self._report(
                 Incident(
                     kind="worker_fenced",
-                    what=f"{what}: {first_line(error)}",
+                    what=f"{member.name} {proving}: {first_line(error)}",
                     where=member.name,
                     cause=str(error),
                     action="it loads the version once more, and is replaced if that fails too",
@@ -237,7 +237,7 @@ class RolloutPool:
         except (*LATE, LostDataError):
             raise
         except Exception as error:
-            raise UnprovenWorkerError(f"{what}, twice: {first_line(error)}") from error
+            raise UnprovenWorkerError(f"{member.name} {proving}, twice: {first_line(error)}") from error
 
     def _judged(self, member: Member, ref: Any, manifest: WeightManifest) -> VersionProof:
         what = f"{member.name} loading version {manifest.policy_version}"
