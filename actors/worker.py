@@ -1,17 +1,16 @@
 """The Ray process of one rollout worker.
 
 Sampling and loading share one thread, so weights never change under a response; `status` has a concurrency group of its
-own and answers meanwhile. The worker never restarts itself: the pool owns replacement. When the engine breaks, the
-process ends, because a live actor with a dead engine would be given the same work for ever.
+own and answers meanwhile. The worker never restarts itself: the pool owns replacement. When the engine breaks, whoever
+asked is told with the traceback, and the worker refuses all work from then on; the pool ends the process.
 """
 
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import psutil
 import ray
@@ -66,6 +65,8 @@ class RolloutWorker:
         self._engine = VLLMEngine(model_path, config, backend=backend)
         self._policy_version = policy_version
         self._state: WorkerState = "idle"
+        self._failure: str | None = None
+        """What broke the engine."""
 
     def generate(
         self, requests: Sequence[RolloutRequest], *, policy_version: int
@@ -83,7 +84,9 @@ class RolloutWorker:
             StaleWeightsError: If this worker cannot prove that it holds that version.
             ValueError: If a request does not fit the context.
             InvalidRolloutError: If the engine returned something that must not be trained on.
+            EngineFailedError: If the engine breaks or is broken.
         """
+        self._require_engine()
         if policy_version != self._policy_version:
             raise StaleWeightsError(f"{self._name} was asked for policy version {policy_version} but {self._held()}")
         self._state = "serving"
@@ -93,7 +96,7 @@ class RolloutWorker:
                 yield finished
                 yield tuple(RolloutMeta.of(rollout) for rollout in finished)
         except EngineFailedError as error:
-            self._die(error)
+            raise self._broken(error) from error
         finally:
             self._state = "idle"
 
@@ -113,6 +116,7 @@ class RolloutWorker:
         Raises:
             WeightMismatchError: If a bucket or the loaded parameters are not what the manifest says.
             ray.exceptions.GetTimeoutError: If a bucket did not come.
+            EngineFailedError: If the engine breaks or is broken.
         """
         if len(buckets) != len(manifest.bucket_digests):
             self._policy_version = None
@@ -140,6 +144,7 @@ class RolloutWorker:
         Raises:
             BroadcastError: If the broadcast did not reach this worker.
             WeightMismatchError: As `load`.
+            EngineFailedError: Likewise.
         """
         address = ray.util.get_node_ip_address()
         return self._replaced(
@@ -150,6 +155,7 @@ class RolloutWorker:
         )
 
     def _replaced(self, manifest: WeightManifest, replace: Callable[[], None]) -> VersionProof:
+        self._require_engine()
         started = perf_counter()
         self._policy_version = None
         self._state = "publishing"
@@ -158,7 +164,7 @@ class RolloutWorker:
             loaded = self._check_loaded(manifest)
             gap = self._canary_gap(manifest.canary)
         except EngineFailedError as error:
-            self._die(error)
+            raise self._broken(error) from error
         finally:
             self._state = "idle"
         self._policy_version = manifest.policy_version
@@ -204,13 +210,15 @@ class RolloutWorker:
     def _held(self) -> str:
         return "can prove none" if self._policy_version is None else f"holds {self._policy_version}"
 
-    def _die(self, error: EngineFailedError) -> NoReturn:
-        """Record the cause in the worker's log, which Ray also prints at the driver, and end the process."""
-        print(f"rollout worker {self._name} ends: its engine failed", file=sys.stderr)
-        traceback.print_exception(error, file=sys.stderr)
-        sys.stderr.flush()
-        # Not exit_actor(): that counts as intended, and the work would be given up rather than given to another.
-        os._exit(1)
+    def _broken(self, error: EngineFailedError) -> EngineFailedError:
+        """Take note that the engine is broken. What vLLM raised may not survive pickling; its text does."""
+        self._policy_version = None
+        self._failure = f"{error}\n{''.join(traceback.format_exception(error))}"
+        return EngineFailedError(f"the engine of {self._name} failed: {self._failure}")
+
+    def _require_engine(self) -> None:
+        if self._failure is not None:
+            raise EngineFailedError(f"{self._name} has no engine any more: {self._failure}")
 
 
 def remote_class() -> Any:

@@ -5,12 +5,12 @@ from time import monotonic
 from typing import Any, NamedTuple, Protocol
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 
 from cluster import schedule
 from cluster.deadlines import Bound
 from cluster.pool import Member
-from cluster.supervision import FAILURES, LATE, DeadlineError, SilentWorkerError, Watch, cause_of
+from cluster.supervision import FAILURES, LATE, DeadlineError, SilentWorkerError, Vigil, Watch, cause_of
 from protocol.messages import RolloutKey, RolloutMeta, RolloutRequest
 from protocol.roles import Finished, Payload, RolloutRef
 
@@ -33,6 +33,10 @@ class Workers(Protocol):
 
     def without_place(self, member: Member, /) -> bool:
         """Say whether the cluster has had no room for a replacement for too long."""
+        ...
+
+    def overdue(self, member: Member, /) -> DeadlineError | None:
+        """Say whether a replacement takes too long to start."""
         ...
 
     def leave(self, member: Member, /) -> None:
@@ -64,6 +68,7 @@ class Generation:
     ) -> None:
         self._workers = workers
         self._watch = watch
+        self._vigil = Vigil(watch)
         self._owed = owed
         self._version = policy_version
         self._streams: dict[Any, Member] = {}
@@ -97,17 +102,24 @@ class Generation:
                     self._ask(member, self._owed[member.index])
                     continue
                 step = _take(ref, deadline=self._deadline(), watch=self._watch, member=member)
+            except RayTaskError as error:  # first: it is an actor error too, where that is what the worker met
+                cause = cause_of(error)
+                if not isinstance(cause, LATE):
+                    raise cause from None
+                self._lost(member, cause)
+                continue
             except LATE as error:
                 self._lost(member, error)
                 continue
-            except RayTaskError as error:
-                raise cause_of(error) from None
+            self._vigil.heard(member)
             if step is None:
                 del self._streams[ref]
                 continue
             for place, meta in enumerate(step.metas):
                 del self._owed[member.index][meta.key]
+                handed = monotonic()
                 yield Finished(meta=meta, payload=RolloutRef(step=step.payload, place=place))
+                self._began += monotonic() - handed  # what the caller does with it is not the workers' time
         missing = [str(key) for share in self._owed.values() for key in share]
         if missing:
             raise RuntimeError(f"the rollout workers ended without {len(missing)} responses, the first: {missing[0]}")
@@ -115,32 +127,48 @@ class Generation:
     def _ask(self, member: Member, requests: Mapping[RolloutKey, RolloutRequest]) -> None:
         stream = member.handle.generate.remote(list(requests.values()), policy_version=self._version)
         self._streams[stream] = member
+        self._vigil.heard(member)
 
     def _deadline(self) -> float:
         return self._began + self._bound().seconds
 
     def _next(self) -> Any:
-        """Wait for whoever has something; meanwhile see to those who have fallen silent, and at the end to the late."""
+        """Wait for whoever has something; each time see to those who have fallen silent or are late as well."""
         while True:
             self._go_on_without_the_unplaced()
+            for member, error in [*self._stuck(), *self._overdue()]:
+                self._lost(member, error)
             left = max(0.0, self._deadline() - monotonic())
             refs = [*self._streams, *self._starting]
-            ready, _ = ray.wait(refs, timeout=min(left, self._watch.quiet_s), fetch_local=False)
+            ready, _ = ray.wait(refs, timeout=min(left, self._vigil.poll_s), fetch_local=False)
+            if monotonic() >= self._deadline():
+                ready = []
+                self._replace_the_late()
             if ready:
                 return ready[0]
-            for member, error in self._stuck():
-                self._lost(member, error)
-            if monotonic() >= self._deadline():  # not if anybody was silent: a replacement moves it
-                seconds, key = self._bound()
-                for member in _each([*self._streams.values(), *self._starting.values()]):
-                    owed = list(self._owed[member.index])
-                    text = f"{member.name} owes {len(owed)} responses{f', the first {owed[0]}' if owed else ''}"
-                    self._lost(member, DeadlineError(f"generating: {text}, after {key} = {seconds:.4g} s"))
+
+    def _replace_the_late(self) -> None:
+        """Replace everybody who owes something at the batch's deadline; silence has another cause than slowness."""
+        seconds, key = self._bound()
+        silent = self._watch.lost(_each(self._streams.values()))
+        for member, error in silent:
+            self._lost(member, error)
+        if silent:  # a replacement moves the deadline
+            return
+        for member in _each([*self._streams.values(), *self._starting.values()]):
+            owed = list(self._owed[member.index])
+            text = f"{member.name} owes {len(owed)} responses{f', the first {owed[0]}' if owed else ''}"
+            self._lost(member, DeadlineError(f"generating: {text}, after {key} = {seconds:.4g} s"))
+
+    def _overdue(self) -> list[tuple[Member, DeadlineError]]:
+        """Find replacements that take too long to start."""
+        found = [(member, self._workers.overdue(member)) for member in self._starting.values()]
+        return [(member, error) for member, error in found if error is not None]
 
     def _stuck(self) -> list[tuple[Member, SilentWorkerError]]:
         """Find workers that do not answer, or whose engines have not made a step since they were last asked."""
         found: list[tuple[Member, SilentWorkerError]] = []
-        for member, answer in self._watch.answers(_each(self._streams.values())):
+        for member, answer in self._vigil.answers(_each(self._streams.values())):
             if isinstance(answer, SilentWorkerError):
                 found.append((member, answer))
             elif isinstance(answer, FAILURES):
@@ -208,9 +236,14 @@ def _take(stream: Any, *, deadline: float, watch: Watch, member: Member) -> _Ste
         if monotonic() >= deadline:
             raise DeadlineError(f"generating: {member.name} stopped in the middle of a step until the deadline")
         watch.require_answers([member])
-    left_s = max(0.0, deadline - monotonic())
+    # What is there needs some time to come from another node, however near the deadline is.
+    left_s = max(watch.quiet_s, deadline - monotonic())
     try:
         return _Step(payload, ray.get(next(stream), timeout=left_s))
     except StopIteration:
         ray.get(payload, timeout=left_s)
         raise RuntimeError(f"{member.name}'s stream ended between a payload and its description") from None
+    except RayTaskError:
+        raise  # it is a timeout too, where that is what the worker met
+    except GetTimeoutError:
+        raise DeadlineError(f"generating: a step of {member.name} did not arrive within {left_s:.4g} s") from None

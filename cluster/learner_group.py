@@ -1,7 +1,7 @@
 """The learner's ranks as one role: they start, learn, publish, save and stop together."""
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -13,6 +13,7 @@ from cluster.deadlines import Deadlines, Kind
 from cluster.pool import Member
 from cluster.stacks import stacks_of
 from cluster.supervision import DeadlineError, Handle, PlaceWatch, Watch, first_line, wait
+from configs.cluster import DeadlinesConfig
 from configs.run import RunConfig
 from protocol.errors import BatchRefusedError, LearnerLostError, NoPlaceError, RollbackError, UserError
 from protocol.messages import RolloutKey, SampleText, UpdateReport
@@ -235,6 +236,7 @@ class LearnerGroup:
     def _watched(self, what: str, progress: Progress, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Run a long stage on all ranks and pass rank 0's progress on."""
         deadline = monotonic() + self._deadlines.stage_s
+        standstill = Standstill(self._deadlines, what)
         silence = {"deadline_s": self._deadlines.silence_s, "key": "cluster.deadlines.silence_s"}
         with self.one_fate(what):
             refs = [getattr(rank, method).remote(*args, **kwargs) for rank in self._ranks]
@@ -247,7 +249,48 @@ class LearnerGroup:
                 if pending:
                     states = wait([rank.status.remote() for rank in self._ranks], what=f"{what}: status", **silence)
                     progress(what, states[0])
+                    standstill.look(states)
             return wait(refs[:1], deadline_s=self._deadlines.silence_s, what=what, key="cluster.deadlines.stage_s")[0]
+
+
+class Standstill:
+    """Finds a stage whose ranks answer and get nowhere.
+
+    Between its first report and its last a stage takes steps, whose gaps are measured like any other work. Before and
+    after, it may load, read, compile and write for long: the configured bound holds, which is that of the ranks' own
+    waits for each other.
+
+    Args:
+        deadlines: The bounds.
+        what: The stage.
+    """
+
+    def __init__(self, deadlines: DeadlinesConfig, what: str) -> None:
+        self._measured = Deadlines(deadlines)
+        self._unmeasured = Deadlines(deadlines)
+        self._what = what
+        self._seen: list[Any] = []
+        self._since = monotonic()
+        self._stepping = False
+
+    def look(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Compare what the ranks say with what they said before.
+
+        Raises:
+            DeadlineError: If nothing has changed for too long.
+        """
+        seen = [(state["state"], state["progress"].get("step"), state["beats"]) for state in states]
+        if seen != self._seen:
+            stepping = all(0 < s["progress"].get("step", 0) < s["progress"]["steps"] for s in states if s["progress"])
+            stepping = stepping and all(state["progress"] for state in states)
+            if stepping and self._stepping:
+                self._measured.measured("learn", self._what, seconds=monotonic() - self._since)
+            self._seen, self._since, self._stepping = seen, monotonic(), stepping
+            return
+        seconds, key = (self._measured if self._stepping else self._unmeasured).bound("learn", self._what)
+        if monotonic() - self._since > seconds:
+            where = ", ".join(f"{state} at step {step}" for state, step, _ in seen)
+            raise DeadlineError(f"{self._what}: no rank has got on ({where}) within {key} = {seconds:.4g} s")
 
 
 class LearnerBroadcast:

@@ -1,14 +1,17 @@
 """Interchangeable workers: started under a deadline, and replaced when they fail."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import ray
+from ray.exceptions import RayActorError
 
 from cluster.stacks import stacks_of
 from cluster.supervision import (
+    LATE,
     DeadlineError,
     Handle,
     PlaceWatch,
@@ -18,9 +21,11 @@ from cluster.supervision import (
     wait,
 )
 from configs.cluster import DeadlinesConfig
-from protocol.errors import WorkersLostError
+from protocol.errors import NoPlaceError, WorkersLostError
 from protocol.incidents import Incident
 
+_LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 Report = Callable[[Incident], None]
 """Takes note of a fault."""
 
@@ -149,15 +154,23 @@ class Pool:
         return Member(index=index, name=name, handle=self._make(index, name))
 
     def started(self) -> dict[str, str]:
-        """Wait until every worker has loaded its model.
+        """Wait until every worker has loaded its model; one that is lost meanwhile is replaced.
 
         Returns:
             Worker name -> the id of its node.
 
         Raises:
             NoPlaceError: If the cluster has no room for one.
+            WorkersLostError: If no replacement is left.
+            RayActorError: If a worker's constructor raised something; it would raise that again.
         """
-        self._wait_for(self.members)
+        for member in self.members:
+            try:
+                self._wait_for(member, among=[other for other in self.members if other.pid is None])
+            except LATE as error:
+                if isinstance(error, RayActorError) and error.actor_init_failed:
+                    raise
+                self.refill(member, cause=error, admit=self.admit)
         return {member.name: str(member.node_id) for member in self.members}
 
     def replace(self, member: Member, *, cause: BaseException) -> Member:
@@ -189,11 +202,36 @@ class Pool:
                 data={"pid": member.pid, "node_id": member.node_id} | ({"stacks": stacks} if stacks else {}),
             )
         )
+        _LOG.warning("%s is lost: %s", member.name, first_line(cause))
         if spent:
             raise WorkersLostError(
                 f"{member.name} failed and cluster.worker_replacements is used up; the cause was: {cause}"
             ) from cause
         return fresh
+
+    def refill(self, member: Member, *, cause: BaseException, admit: Callable[[Member], T]) -> T | None:
+        """Replace a lost worker and wait for the new one; if that is lost before it is admitted, likewise.
+
+        Args:
+            member: Who is lost.
+            cause: Why.
+            admit: Waits until the replacement has started and may be given work.
+
+        Returns:
+            What `admit` returned; None if the cluster has no room for a replacement, and the others go on without.
+
+        Raises:
+            WorkersLostError: If no replacement is left, or too few workers are.
+        """
+        while True:
+            member = self.replace(member, cause=cause)
+            try:
+                return admit(member)
+            except NoPlaceError:
+                self.leave(member)
+                return None
+            except LATE as error:
+                cause = error
 
     def holds(self, member: Member) -> bool:
         """Say whether a worker still fills its place."""
@@ -205,11 +243,19 @@ class Pool:
         Raises:
             NoPlaceError: If the cluster has no room for it.
         """
-        self._wait_for([fresh])
+        self._wait_for(fresh, among=[fresh])
 
     def without_place(self, member: Member) -> bool:
         """Say whether a worker has waited too long for its place."""
         return self._place_watch.without_place(member)
+
+    def overdue(self, member: Member, *, loading_s: float) -> DeadlineError | None:
+        """Say whether a replacement that nobody waits for takes too long to start, and to load what it needs."""
+        bound_s = self._deadlines.start_s + loading_s
+        if monotonic() - member.asked <= bound_s:
+            return None
+        key = "cluster.deadlines.start_s" + (" + publish_s" if loading_s else "")
+        return DeadlineError(f"starting {member.name}: it did not answer within {key} = {bound_s:g} s")
 
     def leave(self, member: Member) -> None:
         """Go on without a worker for which the cluster has no room.
@@ -240,14 +286,14 @@ class Pool:
         for member in self.members:
             ray.kill(member.handle, no_restart=True)
 
-    def _wait_for(self, starting: Sequence[Member]) -> None:
-        states = wait(
-            [member.handle.status.remote() for member in starting],
+    def _wait_for(self, starting: Member, *, among: Sequence[Member]) -> None:
+        """Wait until a worker has started, as long as those that start with it have places."""
+        [status] = wait(
+            [starting.handle.status.remote()],
             deadline_s=self._deadlines.start_s,
-            what=f"starting {', '.join(member.name for member in starting)}",
+            what=f"starting {starting.name}",
             key="cluster.deadlines.start_s",
             watch=self._place_watch,
-            workers=starting,
+            workers=among,
         )
-        for member, status in zip(starting, states, strict=True):
-            member.met(status)
+        starting.met(status)

@@ -13,10 +13,21 @@ from cluster.deadlines import Deadlines
 from cluster.elastic import Elastic
 from cluster.generation import Generation
 from cluster.pool import Anywhere, Member, Places, Pool, Report
-from cluster.supervision import FAILURES, GONE, LATE, Handle, Watch, first_line, wait
+from cluster.supervision import (
+    FAILURES,
+    GONE,
+    LATE,
+    DeadlineError,
+    Handle,
+    UnprovenWorkerError,
+    Watch,
+    cause_of,
+    first_line,
+    wait,
+)
 from configs.cluster import DeadlinesConfig
 from configs.rollout import RolloutConfig
-from protocol.errors import LearnerLostError, LostDataError, NoPlaceError
+from protocol.errors import LearnerLostError, LostDataError
 from protocol.incidents import Incident
 from protocol.messages import Rollout, RolloutMeta, RolloutRequest
 from protocol.roles import Broadcast, Finished, Publication, RolloutRef, resolve
@@ -85,7 +96,7 @@ class RolloutPool:
             else:
                 refs = self._received(publication.manifest, publication.broadcast)
             members = self._pool.members
-            proofs = [self._proven(member, ref, publication) for member, ref in zip(members, refs, strict=True)]
+            proofs = [self._brought(member, ref, publication) for member, ref in zip(members, refs, strict=True)]
             return tuple(proof for proof in proofs if proof is not None)
 
     def fetch(self, finished: Sequence[Finished]) -> list[Rollout]:
@@ -112,12 +123,15 @@ class RolloutPool:
         Returns:
             The worker, and a reference that is ready when it may be admitted.
         """
-        _LOG.warning("%s is lost (%s); starting a replacement", member.name, first_line(error))
         fresh = self._pool.replace(member, cause=error)
         self._measured.forget()
+        return fresh, self._ready(fresh)
+
+    def _ready(self, fresh: Member) -> Any:
+        """Have a new worker load the current version; the reference is ready when it may be admitted."""
         if self._publication is None:  # it loads version 0 from the same directory as the others
-            return fresh, fresh.handle.status.remote()
-        return fresh, self._load(fresh.handle, self._publication)
+            return fresh.handle.status.remote()
+        return self._load(fresh.handle, self._publication)
 
     def admit(self, fresh: Member, ref: Any) -> VersionProof | None:
         """Let a replacement serve, once it has proven the current version.
@@ -131,17 +145,22 @@ class RolloutPool:
 
         Raises:
             NoPlaceError: If the cluster has no room for it.
+            UnprovenWorkerError: If it cannot prove that version, or is lost otherwise: it must be replaced in turn.
             LearnerLostError: If the published weights are gone, which lay with the learner.
         """
         self._pool.admit(fresh)
         try:
-            return None if self._publication is None else self._judged(fresh, ref, self._publication.manifest)
+            return None if self._publication is None else self._proven(fresh, ref, self._publication)
         except LostDataError as error:
             raise LearnerLostError(f"the weights for {fresh.name} are gone with the learner's node") from error
 
     def without_place(self, member: Member) -> bool:
         """Say whether the cluster has had no room for a replacement for too long."""
         return self._pool.without_place(member)
+
+    def overdue(self, member: Member) -> DeadlineError | None:
+        """Say whether a replacement takes too long to start, and to load what was published."""
+        return self._pool.overdue(member, loading_s=0.0 if self._publication is None else self._deadlines.publish_s)
 
     def leave(self, member: Member) -> None:
         """Go on without a worker that has no place."""
@@ -177,22 +196,48 @@ class RolloutPool:
         broadcast.finish()
         return list(refs)
 
-    def _proven(self, member: Member, ref: Any, publication: Publication) -> VersionProof | None:
-        """Judge a worker's proof; a worker without a good one is fenced, refreshed, and replaced if that fails.
+    def _brought(self, member: Member, ref: Any, publication: Publication) -> VersionProof | None:
+        """Wait for a worker's proof, or for its replacement's.
 
         Returns:
             The proof; None if the worker was lost and the cluster has no room for another.
         """
         try:
+            return self._proven(member, ref, publication)
+        except (*LATE, LostDataError) as error:
+            self._measured.forget()
+            return self._pool.refill(member, cause=error, admit=lambda fresh: self.admit(fresh, self._ready(fresh)))
+
+    def _proven(self, member: Member, ref: Any, publication: Publication) -> VersionProof:
+        """Judge a worker's proof; without a good one it is fenced, and loads the version once more.
+
+        Raises:
+            UnprovenWorkerError: If it fails again. Whoever is lost raises what it was lost of.
+            LostDataError: If the weights did not come, twice.
+        """
+        try:
             return self._judged(member, ref, publication.manifest)
+        except LATE:
+            raise
         except Exception as error:  # noqa: BLE001 - the supervision boundary: whatever it was, it is no proof
-            _LOG.warning(
-                "%s is fenced, it could not prove version %d: %s",
-                member.name,
-                publication.manifest.policy_version,
-                first_line(error),
+            proving = f"could not prove version {publication.manifest.policy_version}"
+            _LOG.warning("%s is fenced, it %s: %s", member.name, proving, first_line(error))
+            self._report(
+                Incident(
+                    kind="worker_fenced",
+                    what=f"{member.name} {proving}: {first_line(error)}",
+                    where=member.name,
+                    cause=str(error),
+                    action="it loads the version once more, and is replaced if that fails too",
+                )
             )
-            return self._refreshed(member, publication, error)
+        ref = self._load(member.handle, publication)  # what the learner fails at is not this worker's fault
+        try:
+            return self._judged(member, ref, publication.manifest)
+        except (*LATE, LostDataError):
+            raise
+        except Exception as error:
+            raise UnprovenWorkerError(f"{member.name} {proving}, twice: {first_line(error)}") from error
 
     def _judged(self, member: Member, ref: Any, manifest: WeightManifest) -> VersionProof:
         what = f"{member.name} loading version {manifest.policy_version}"
@@ -200,31 +245,6 @@ class RolloutPool:
         [proof] = wait([ref], deadline_s=seconds, what=what, key=key, watch=self._watch, workers=[member])
         check_proof(proof, manifest, bound=self._config.logprob_gap_bound)
         return proof
-
-    def _refreshed(self, member: Member, publication: Publication, first: BaseException) -> VersionProof | None:
-        """Load the version once more, and into a fresh process if it fails again."""
-        if not isinstance(first, LATE):
-            self._report(
-                Incident(
-                    kind="worker_fenced",
-                    what=f"{member.name} could not prove version {publication.manifest.policy_version}: "
-                    f"{first_line(first)}",
-                    where=member.name,
-                    cause=str(first),
-                    action="it loads the version once more, and is replaced if that fails too",
-                )
-            )
-            ref = self._load(member.handle, publication)  # what the learner fails at is not this worker's fault
-            try:
-                return self._judged(member, ref, publication.manifest)
-            except Exception as error:  # noqa: BLE001 - likewise
-                first = error
-        fresh, ready = self.replace(member, first)
-        try:
-            return self.admit(fresh, ready)
-        except NoPlaceError:
-            self._pool.leave(fresh)
-            return None
 
 
 class StaleProofError(RuntimeError):
@@ -254,10 +274,10 @@ def check_proof(proof: VersionProof, manifest: WeightManifest, *, bound: float) 
 def _is_lost(ref: Any) -> bool:
     try:
         ray.get(ref)
+    except RayTaskError as error:  # first: it is an actor error too, where that is what the worker met
+        return isinstance(cause_of(error), FAILURES)  # else it is alive, and has left the broadcast by itself
     except FAILURES:
         return True
-    except RayTaskError:
-        return False  # it is alive, and has left the broadcast by itself
     return False
 
 

@@ -1,21 +1,21 @@
 """The scoring workers as one role: groups by key, scored by reward and reference workers while generation goes on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple
 
 import numpy as np
+import ray
 from numpy.typing import NDArray
 
 from cluster import schedule
 from cluster.deadlines import Deadlines
 from cluster.pool import Anywhere, Member, Places, Pool, Report
-from cluster.supervision import FAILURES, LATE, Handle, Watch, wait
+from cluster.supervision import FAILURES, LATE, DeadlineError, Handle, Vigil, Watch, result_of, wait
 from configs.cluster import DeadlinesConfig
 from configs.scoring import HELDOUT, ModelRewardConfig, ScoringConfig
 from protocol import metrics as names
-from protocol.errors import NoPlaceError
 from protocol.messages import ReferenceSummary, RewardScores, RolloutKey
 from protocol.records import Text
 from protocol.roles import Finished, ScoredGroup, ScoredReferences, ScoringSummary
@@ -97,12 +97,7 @@ class ScoringPool:
             raise RuntimeError(f"{len(missing)} responses were never handed over for scoring, such as {missing[0]}")
         order = range(len(self._groups))
         with self._measured.measuring("score", "batch", size=len(self._group_of), since=self._first_sent):
-            rewards: list[RewardScores] = [
-                self._reported(i, self.rewards, self._rewards, self._ask_rewards) for i in order
-            ]
-            references: list[ReferenceSummary] = [
-                self._reported(i, self.references, self._references, self._ask_reference) for i in order
-            ]
+            rewards, references = self._reports()
         scored = tuple(
             ScoredGroup(
                 metas=tuple(self._arrived[i][key].meta for key in self._groups[i]),
@@ -187,29 +182,65 @@ class ScoringPool:
         report, logprobs = worker.handle.logprobs.remote(self._payloads(index))
         return _Sent(worker, report, logprobs)
 
-    def _reported(self, index: int, pool: Pool, sent: dict[int, _Sent], ask: Callable[[int], _Sent]) -> Any:
-        """Wait for a group's report; where its worker is lost, ask the one that takes its place."""
-        while True:
-            worker = sent[index].worker
-            size = len(self._group_of)
-            try:
-                what = f"{pool.role} scores of the group of {self._groups[index][0]}"
-                return self._wait([sent[index].report], what, [worker], work="batch", size=size)[0]
-            except LATE as error:
-                if pool.holds(worker):  # else another of its groups has seen to that
-                    self._replace(pool, worker, error)
-                sent[index] = ask(index)
+    def _reports(self) -> tuple[list[RewardScores], list[ReferenceSummary]]:
+        """Wait for what all workers report, whoever is first; where one is lost, ask the one that takes its place."""
+        found: dict[tuple[str, int], Any] = {}
+        vigil = Vigil(self._watch)
+        began = monotonic()
+        while owed := self._owed(found):
+            seconds, key = self._measured.bound("score", "batch", size=len(self._group_of))
+            left = max(0.0, began + seconds - monotonic())
+            ready, _ = ray.wait([sent.report for sent in owed.values()], timeout=min(left, vigil.poll_s))
+            lost: dict[str, tuple[Member, BaseException]] = {}
+            for (role, index), (worker, report, _) in owed.items():
+                if report in ready and worker.name not in lost:
+                    try:
+                        found[role, index] = result_of(report)
+                        vigil.heard(worker)
+                    except LATE as error:
+                        lost[worker.name] = worker, error
+            workers = {sent.worker.name: sent.worker for sent in owed.values()}
+            for worker, answer in vigil.answers([w for name, w in workers.items() if name not in lost]):
+                if isinstance(answer, FAILURES):
+                    lost[worker.name] = worker, answer
+            if not lost and monotonic() >= began + seconds:
+                for (role, index), sent in reversed(self._owed(found).items()):
+                    text = f"{role} scores of the group of {self._groups[index][0]}: {sent.worker.name} did not finish"
+                    lost[sent.worker.name] = sent.worker, DeadlineError(f"{text} within {key} = {seconds:.4g} s")
+            for worker, error in lost.values():
+                self._ask_another(worker, error, found)
+                began = monotonic()
+        order = range(len(self._groups))
+        return [found["reward", i] for i in order], [found["reference", i] for i in order]
+
+    def _owed(self, found: Container[tuple[str, int]]) -> dict[tuple[str, int], _Sent]:
+        """List what has been asked for and is not found yet, by role and group."""
+        sent = [(pool.role, i, s) for pool, asked in self._asked for i, s in sorted(asked.items())]
+        return {(role, i): s for role, i, s in sent if (role, i) not in found}
+
+    def _ask_another(self, lost: Member, error: BaseException, found: Container[tuple[str, int]]) -> None:
+        """Have a lost worker replaced, and ask those that are there now for what it owes."""
+        for pool, sent in self._asked:
+            if pool.holds(lost):
+                self._replace(pool, lost, error)
+                ask = self._ask_rewards if pool is self.rewards else self._ask_reference
+                for index in [i for i, s in sent.items() if s.worker is lost and (pool.role, i) not in found]:
+                    sent[index] = ask(index)
+
+    @property
+    def _asked(self) -> tuple[tuple[Pool, dict[int, _Sent]], ...]:
+        return (self.rewards, self._rewards), (self.references, self._references)
 
     def _replace(self, pool: Pool, lost: Member, error: BaseException) -> None:
-        fresh = pool.replace(lost, cause=error)
-        self._measured.forget()
-        try:
+        """Have a worker replaced; where there is no room for another, the others take its groups."""
+
+        def admit(fresh: Member) -> None:
             pool.admit(fresh)
-        except NoPlaceError:
-            pool.leave(fresh)  # the others take its groups
-            return
-        if pool is self.rewards:
-            self._wait([fresh.handle.load.remote(**self._loaded)], f"loading {fresh.name}", [fresh])
+            if pool is self.rewards:
+                self._wait([fresh.handle.load.remote(**self._loaded)], f"loading {fresh.name}", [fresh])
+
+        self._measured.forget()
+        pool.refill(lost, cause=error, admit=admit)
 
     def _tell(self, what: Mapping[str, Any], why: str) -> None:
         """Have every reward worker load something."""
@@ -228,11 +259,8 @@ class ScoringPool:
                 for member, error in self._watch.lost(self.rewards.members):
                     self._replace(self.rewards, member, error)
 
-    def _wait(
-        self, refs: list[Any], what: str, workers: Sequence[Member], *, work: str = "", size: int = 1
-    ) -> list[Any]:
-        """Wait under the configured bound, or a measured one where the work is measured: the scoring of a batch."""
-        seconds, key = self._measured.bound("score", work, size=size)
+    def _wait(self, refs: list[Any], what: str, workers: Sequence[Member]) -> list[Any]:
+        seconds, key = self._measured.bound("score")
         return wait(refs, deadline_s=seconds, what=what, key=key, watch=self._watch, workers=workers)
 
 

@@ -4,6 +4,7 @@ A worker that computes answers `status` from a thread of its own. One that was s
 not, and would otherwise be waited for until the deadline of its work, which must be long.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Protocol, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
+from actors.errors import EngineFailedError
 from protocol.errors import LostDataError, NoPlaceError, UserError
 
 Handle = Any
@@ -24,7 +26,11 @@ class SilentWorkerError(RuntimeError):
     """A worker is there and does not answer, or answers and gets nowhere."""
 
 
-FAILURES = (RayActorError, SilentWorkerError)
+class UnprovenWorkerError(RuntimeError):
+    """A worker lives and cannot prove that it computes with the current weights."""
+
+
+FAILURES = (RayActorError, SilentWorkerError, EngineFailedError, UnprovenWorkerError)
 """What a lost worker looks like to the driver, as opposed to a worker that raised an error of its own."""
 LATE = (*FAILURES, DeadlineError)
 """Likewise, where a worker that answers and does not finish is replaced too."""
@@ -97,8 +103,7 @@ class Watch:
         asked = {worker.handle.status.remote(): worker for worker in workers}
         done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=self.quiet_s)
         return [
-            (worker, self._answer(ref, worker) if ref in done else self._silence(worker))
-            for ref, worker in asked.items()
+            (worker, self.answer(ref, worker) if ref in done else self.silence(worker)) for ref, worker in asked.items()
         ]
 
     def lost(self, workers: Sequence[W]) -> list[tuple[W, BaseException]]:
@@ -115,18 +120,60 @@ class Watch:
             if isinstance(error, SilentWorkerError):
                 raise error
 
-    def _answer(self, ref: Any, worker: Watched) -> Any:
+    def answer(self, ref: Any, worker: Watched) -> Any:
+        """Fetch a worker's status, or what is wrong with it."""
         try:
             return ray.get(ref, timeout=self.quiet_s)
         except RayActorError as error:
             return error
         except GetTimeoutError:
-            return self._silence(worker)
+            return self.silence(worker)
 
-    def _silence(self, worker: Watched) -> SilentWorkerError:
+    def silence(self, worker: Watched) -> SilentWorkerError:
+        """Say that a worker does not answer."""
         return SilentWorkerError(
             f"{worker.name} neither delivered nor answered for cluster.deadlines.silence_s = {self._silence_s:g} s"
         )
+
+
+class Vigil:
+    """Looks after workers of which some deliver and others may not, and never waits for any of them.
+
+    Args:
+        watch: Knows how long a worker may be silent.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._heard: dict[str, float] = {}
+        self._asked: dict[str, tuple[Any, float]] = {}
+        self.poll_s = min(1.0, watch.quiet_s / 2)
+        """How often to look, at least."""
+
+    def heard(self, worker: Watched) -> None:
+        """Take note that a worker has been given work, or has delivered some."""
+        self._heard[worker.name] = monotonic()
+        self._asked.pop(worker.name, None)
+
+    def answers(self, workers: Sequence[W]) -> list[tuple[W, Any]]:
+        """Ask those that have been quiet for half of silence_s; list what those say that were asked before.
+
+        Returns:
+            As Watch.answers, of the workers that have answered or have let the other half pass.
+        """
+        found: list[tuple[W, Any]] = []
+        for worker in workers:
+            if worker.name not in self._asked:
+                if monotonic() - self._heard.setdefault(worker.name, monotonic()) >= self._watch.quiet_s:
+                    self._asked[worker.name] = worker.handle.status.remote(), monotonic()
+                continue
+            ref, asked = self._asked[worker.name]
+            if ray.wait([ref], timeout=0)[0]:
+                self.heard(worker)
+                found.append((worker, self._watch.answer(ref, worker)))
+            elif monotonic() - asked >= self._watch.quiet_s:
+                found.append((worker, self._watch.silence(worker)))
+        return found
 
 
 class PlaceWatch:
@@ -198,7 +245,7 @@ def wait(
         left = max(0.0, deadline - monotonic())
         done, pending = ray.wait(pending, timeout=left if watch is None else min(left, watch.quiet_s))
         if done:
-            found[done[0]] = _result_of(done[0])
+            found[done[0]] = result_of(done[0])
             continue
         if watch is not None:  # also at the deadline: silence has another cause than slowness
             watch.require_answers(workers)
@@ -213,14 +260,14 @@ def _names(places: Sequence[int], workers: Sequence[Watched]) -> str:
     return f": {', '.join(workers[place].name for place in sorted(places))}" if workers else ""
 
 
-def _result_of(ref: Any) -> Any:
+def result_of(ref: Any) -> Any:
     """Fetch one result that is there; raise what the worker raised itself rather than Ray's wrapper."""
     try:
         return ray.get(ref, timeout=_TRANSFER_S)
+    except RayTaskError as error:  # first: it is an actor error or a timeout too, where that is what the worker met
+        raise cause_of(error) from None
     except GetTimeoutError:
         raise DeadlineError(f"a result that was ready did not arrive within {_TRANSFER_S:g} s") from None
-    except RayTaskError as error:  # which is Ray's actor error too, where that is what the worker met
-        raise cause_of(error) from None
 
 
 _TRANSFER_S = 120.0
@@ -229,9 +276,13 @@ _TRANSFER_S = 120.0
 
 def cause_of(error: RayTaskError) -> Exception:
     """Unwrap what a worker raised; Ray's wrapper stays as its cause for `--traceback`."""
-    inner = getattr(error, "cause", None)
+    inner: Any = getattr(error, "cause", None)
     if isinstance(inner, GONE):
         return LostDataError(f"what a worker was to fetch is gone: {first_line(inner)}")
+    if isinstance(inner, GetTimeoutError):
+        # Ray names call, process and address in the text alone, in colour.
+        who = re.sub(r"\x1b\[\d*m", "", first_line(error))
+        return LostDataError(f"what a worker was to fetch did not come: {first_line(inner)}; it was {who}")
     if isinstance(inner, UserError):
         return inner
     if isinstance(inner, Exception):

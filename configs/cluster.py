@@ -44,7 +44,7 @@ class DeadlinesConfig(Section):
     stage_s: Seconds = 259_200.0
     """A whole supervised stage (SFT or reward modelling)."""
     learn_s: Seconds = 3600.0
-    """The update of one iteration."""
+    """The update of one iteration; and how long a supervised stage may stand still, where that is not measured."""
     publish_s: Seconds = 600.0
     checkpoint_s: Seconds = 1800.0
     floor_s: Seconds = 120.0

@@ -4,7 +4,7 @@ No prompt is ever on both sides of a split, whatever the round, and the two halv
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,7 +89,12 @@ class Comparisons:
 
 
 def read_comparisons(
-    config: RunConfig, tokenizer: Any, sources: Sequence[ComparisonSource], *, context_tokens: int | None
+    config: RunConfig,
+    tokenizer: Any,
+    sources: Sequence[ComparisonSource],
+    *,
+    context_tokens: int | None,
+    beat: Callable[[], None] = lambda: None,
 ) -> tuple[list[Comparisons], ReadReport]:
     """Read comparisons, encode them, and gather those of each source by prompt.
 
@@ -98,6 +103,7 @@ def read_comparisons(
         tokenizer: The policy's.
         sources: Where from; a source of weight 0 is left out.
         context_tokens: The longest sequence that the reward model takes; None for no limit.
+        beat: Called with every comparison that is read.
 
     Returns:
         The comparisons of each prompt, in the order of first appearance, and what became of the rows.
@@ -119,6 +125,7 @@ def read_comparisons(
             report=reading,
         )
         for number, record in enumerate(records, start=1):
+            beat()
             where = f"{source.name}, comparison {number}"
             encoded = _encode(tokenizer, record, margin=config.learner.reward_model.margin, where=where)
             judged = encoded if context_tokens is None else encoded.within(context_tokens)

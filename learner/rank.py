@@ -21,7 +21,7 @@ from learner.models import ScalarModel, load_critic, load_policy, load_scalar, s
 from learner.pretraining import load_texts
 from learner.selection_update import SelectionSettings, SelectionUpdater
 from learner.stored_policy import StoredPolicy
-from learner.supervised_loop import StageContext, context_tokens, layout_of, stage_seed
+from learner.supervised_loop import StageContext, beating, context_tokens, layout_of, stage_seed
 from learner.training import RankContext
 from learner.trust import found_mismatch, require_version
 from learner.update import Updater, UpdateSettings
@@ -56,6 +56,7 @@ class Rank:
         torch.set_num_threads(config.learner.threads_per_worker)
         self.context = context
         self.progress: dict[str, Any] = {}
+        self.beats = 0  # of a stage: everything that it encodes, and every micro-batch
         self.policy_version: int | None = None
         # The version that the policy still is, bit for bit; None once it has been learned on or replaced.
         self._standing: int | None = None
@@ -307,14 +308,15 @@ class Rank:
     def _report(self, figures: Mapping[str, Any]) -> None:
         self.progress = dict(figures)
 
+    def _beat(self) -> None:
+        self.beats += 1
+
     def _stage_context(self) -> StageContext:
         self.progress = {}  # the figures of the stage before are not this one's
-        make_engine = partial(DeepSpeedEngine, settings=self._config.learner, context=self.context)
+        place = self.context
+        make = beating(partial(DeepSpeedEngine, settings=self._config.learner, context=place), self._beat)
         return StageContext(
-            rank=self.context.rank,
-            world_size=self.context.world_size,
-            device=self.context.device,
-            make_engine=make_engine,
+            rank=place.rank, world_size=place.world_size, device=place.device, make_engine=make, beat=self._beat
         )
 
     def _keep(self, batch: ScoredBatch, kind: str, what: str, *, action: str) -> None:

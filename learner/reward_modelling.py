@@ -61,7 +61,9 @@ def train_reward_model(
     settings = config.learner.reward_model
     tokenizer = load_tokenizer(job.policy)
     model = _initial_model(config, job)
-    elements, reading = read_comparisons(config, tokenizer, job.sources, context_tokens=context_tokens(model))
+    elements, reading = read_comparisons(
+        config, tokenizer, job.sources, context_tokens=context_tokens(model), beat=context.beat
+    )
     train, heldout = split(elements, job, fraction=settings.heldout_fraction, seed=config.run.seed)
     steps = _steps(config, elements, train, job=job)
     layout = layout_of(model, config.learner)

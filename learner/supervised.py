@@ -1,6 +1,6 @@
 """Supervised fine-tuning: the policy that a run starts from, and the reference that it is held to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def train_sft(config: RunConfig, context: StageContext, *, output: Path, report:
     settings = config.learner.sft
     reading = ReadReport(source=config.data.demonstrations.source)
     tokenizer, policy, records = _open(config, reading)
-    sequences = _encode(records, tokenizer, reading=reading, context_tokens=context_tokens(policy))
+    sequences = _encode(records, tokenizer, reading=reading, context_tokens=context_tokens(policy), beat=context.beat)
     train, heldout = split_by_prompt(
         [sequence.prompt_ids.tobytes() for sequence in sequences],
         fraction=settings.heldout_fraction,
@@ -142,10 +142,16 @@ def _open(config: RunConfig, reading: ReadReport) -> tuple[Any, PolicyModel, lis
 
 
 def _encode(
-    records: Sequence[DemonstrationRecord], tokenizer: Any, *, reading: ReadReport, context_tokens: int | None
+    records: Sequence[DemonstrationRecord],
+    tokenizer: Any,
+    *,
+    reading: ReadReport,
+    context_tokens: int | None,
+    beat: Callable[[], None],
 ) -> list[TokenSequence]:
     sequences: list[TokenSequence] = []
     for number, record in enumerate(records, start=1):
+        beat()
         sequence = encode_pair(tokenizer, record.prompt, record.completion)
         if context_tokens is not None and sequence.num_tokens > context_tokens:
             # Cutting it would teach the policy to stop in the middle, or never.

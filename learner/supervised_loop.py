@@ -46,6 +46,18 @@ class StageContext:
     world_size: int
     device: torch.device
     make_engine: EngineFactory
+    beat: Callable[[], None] = lambda: None
+    """Called with everything that is encoded: whoever watches the rank sees that it gets on."""
+
+
+def beating(make_engine: EngineFactory, beat: Callable[[], None]) -> EngineFactory:
+    """Have every call of an engine's network, in training and in validation, call `beat` first."""
+
+    def make(module: nn.Module, *, optimizer: OptimizerConfig, name: str, total_steps: int) -> TrainingEngine:
+        module.register_forward_pre_hook(lambda *_: beat())
+        return make_engine(module, optimizer=optimizer, name=name, total_steps=total_steps)
+
+    return make
 
 
 class Task(Protocol):

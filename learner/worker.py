@@ -237,6 +237,7 @@ class LearnerRank:
             "rank": self._number,
             "state": self._doing,
             "progress": {} if self._rank is None else self._rank.progress,
+            "beats": 0 if self._rank is None else self._rank.beats,
             "policy_version": None if self._rank is None else self._rank.policy_version,
             "pid": os.getpid(),
             "node_id": ray.get_runtime_context().get_node_id(),

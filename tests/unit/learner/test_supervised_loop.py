@@ -1,10 +1,14 @@
 """What the supervised stages have in common: splits, plans of steps, seeds."""
 
+from typing import Any
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.supervised_loop import shuffled_steps, split_by_prompt, stage_seed
+from configs.learner import OptimizerConfig
+from learner.supervised_loop import beating, shuffled_steps, split_by_prompt, stage_seed
 
 
 @given(st.lists(st.integers(0, 20), min_size=2, max_size=60), st.floats(0, 0.9), st.integers(0, 5))
@@ -46,3 +50,13 @@ def test_seeds_differ_by_purpose() -> None:
     seeds = {stage_seed(run, *parts) for run in (0, 1) for parts in (("sft", 0), ("sft", 1), ("reward model", 0))}
     assert len(seeds) == 6
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_every_micro_batch_is_a_sign_of_life() -> None:
+    beats: list[int] = []
+    made: Any = beating(lambda module, **_: module, lambda: beats.append(1))  # pyright: ignore[reportArgumentType]
+    network = made(torch.nn.Linear(2, 2), optimizer=OptimizerConfig(learning_rate=1e-3), name="n", total_steps=1)
+    network(torch.zeros(1, 2))
+    with torch.no_grad():
+        network(torch.zeros(1, 2))
+    assert len(beats) == 2
