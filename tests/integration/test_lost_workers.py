@@ -68,7 +68,7 @@ class _Worker:
             yield [SimpleNamespace(key=request.key)]
 
     def fetch(self) -> None:
-        ray.get(ray.remote(num_cpus=0)(time.sleep).remote(30), timeout=0.2)
+        ray.get(_remote(num_cpus=0)(lambda: time.sleep(30)).remote(), timeout=0.2)
 
     @ray.method(num_returns=2)
     def score(self, payloads: list[Any]) -> tuple[Any, Any]:
