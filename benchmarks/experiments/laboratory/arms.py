@@ -121,7 +121,7 @@ def curve(arm: Arm, world: World) -> Iterator[dict[str, float]]:
         if iteration % arm.evaluate_every == 0 or iteration == arm.iterations:
             steering = {"kl_beta": updater.kl_beta, "advantage_std": last.get(names.POLICY_ADVANTAGE_STD, np.nan)}
             steering["beta_eff"] = last.get(names.POLICY_BETA_EFF, np.nan)
-            yield {"iteration": iteration} | evaluate(arm, world, policy, scorer) | steering
+            yield {"iteration": float(iteration)} | evaluate(arm, world, policy, scorer) | steering
         if iteration < arm.iterations:
             samples = sample(policy, draw_prompts(NUM_ROLLOUTS, rng), seed=stage_seed(arm.seed, "rollouts", iteration))
             score, components = scorer(samples)

@@ -10,7 +10,6 @@ from matplotlib import pyplot as plt
 
 from benchmarks.experiments.laboratory.verdicts import Curve
 
-
 LABELS = {
     "iteration": "iteration",
     "gold": "gold (std of the supervised policy)",

@@ -1,7 +1,6 @@
 """The laboratory's networks: small Llamas, their files, and the real training engine on one rank."""
 
 import os
-from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -9,12 +8,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from benchmarks.experiments.laboratory.language import EOS, MAX_TOKENS, PAD, PROMPT_TOKENS, VOCABULARY
+from benchmarks.experiments.laboratory.rank import single_rank
 from configs.learner import LearnerConfig, OptimizerConfig
-from learner.distributed import LOOPBACK, init_distributed, listen
 from learner.engine import DeepSpeedEngine
 from learner.experience import PassSettings
 from learner.models import PolicyModel, ScalarModel, init_head
-from learner.training import RankContext
 
 POLICY_WIDTH = 64
 PASSES = PassSettings(temperature=1.0, token_budget=8192, layout="sorted", pad_id=PAD)
@@ -87,21 +85,12 @@ def load_scalar(path: Path, *, width: int) -> ScalarModel:
     return ScalarModel(network)
 
 
-@cache
-def single_rank() -> RankContext:
-    """Make this process a group of one, as DeepSpeed wants it; once a process."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    listener = listen(LOOPBACK)
-    port = listener.getsockname()[1]
-    return init_distributed(rank=0, world_size=1, address=LOOPBACK, port=port, listener=listener, timeout_s=60)
-
-
 def engine(
     network: PolicyModel | ScalarModel, *, learning_rate: float, name: str, total_steps: int | None = None
 ) -> DeepSpeedEngine:
     """Put a network under the real engine; with a length, the learning rate falls to a tenth along a cosine."""
     schedule = "constant" if total_steps is None else "cosine"
     optimizer = OptimizerConfig(learning_rate=learning_rate, schedule=schedule)
-    make = partial(DeepSpeedEngine, settings=LEARNER, context=single_rank())
-    return make(network, optimizer=optimizer, name=name, total_steps=total_steps)
+    return DeepSpeedEngine(
+        network, optimizer=optimizer, settings=LEARNER, context=single_rank(), name=name, total_steps=total_steps
+    )

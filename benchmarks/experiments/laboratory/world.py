@@ -1,7 +1,7 @@
 """One world a seed: the supervised policy and the reward models that all arms of that seed share, cached on disk.
 
 Tuned on seed 0, before any result: sizes, learning rates and epochs below, so that the supervised policy is mediocre
-(it imitates demonstrations of mediocre worth, and not perfectly) and a reward model of 2,000 pairs decides 85 to 95 of
+(it imitates demonstrations of mediocre worth, and not perfectly) and a reward model of 8,000 pairs decides 85 to 95 of
 100 held-out pairs as gold does.
 """
 
@@ -17,6 +17,7 @@ import torch
 from benchmarks.experiments.laboratory import networks
 from benchmarks.experiments.laboratory.language import GOLDS, PAD, Floats, Gold, demonstrate, draw_prompts, worth
 from benchmarks.experiments.laboratory.networks import LEARNER, PASSES, POLICY_WIDTH
+from benchmarks.experiments.laboratory.rank import single_rank
 from benchmarks.experiments.laboratory.sampling import Samples, sample, scores
 from learner.batch import TokenSequence
 from learner.comparison_task import ComparisonTask
@@ -28,8 +29,8 @@ from learner.supervised_loop import run_steps, shuffled_steps, stage_seed
 from learner.validation import validation_report
 from protocol.messages import FloatArray
 
-NUM_DEMONSTRATIONS, SFT_EPOCHS, SFT_BATCH, SFT_RATE = 5000, 12, 64, 4e-3
-PAIR_EPOCHS, PAIR_BATCH, PAIR_RATE = 4, 32, 1e-3
+NUM_DEMONSTRATIONS, SFT_EPOCHS, SFT_BATCH, SFT_RATE = 5000, 6, 64, 4e-3
+PAIR_EPOCHS, PAIR_BATCH, PAIR_RATE = 2, 32, 3e-3
 NUM_HELDOUT_PAIRS = 1000
 NUM_ANCHORS = 2048
 """Samples of the supervised policy that give every score its zero and its unit."""
@@ -42,7 +43,7 @@ class RewardSpec:
 
     gold: Gold = "helpful"
     """Whose labels it learns from."""
-    num_pairs: int = 2000
+    num_pairs: int = 8000
     labels: Literal["hard", "sampled"] = "hard"
     """Whether the better of a pair always wins, or with the Bradley-Terry chance of the standardised gold scores."""
     width: int = POLICY_WIDTH
@@ -88,7 +89,7 @@ class World:
     """
 
     def __init__(self, directory: Path, *, seed: int, size: Size | None = None) -> None:
-        networks.single_rank()
+        single_rank()
         self.seed, self._size = seed, size or Size()
         self._directory = directory / f"seed{seed}{'' if self._size == Size() else '-reduced'}"
         self.policy = self.trunk(POLICY_WIDTH)
@@ -175,7 +176,7 @@ class World:
         engine = networks.engine(network, learning_rate=PAIR_RATE, name="reward model", total_steps=len(steps))
         run_steps(engine, _task(pairs), steps, settings=LEARNER, report=lambda figures: None)
         gain, bias = calibration(torch.from_numpy(scores(network, self._anchors())))
-        report = {name: value for name, value in judged(network, heldout).items() if isinstance(value, int | float)}
+        report = {k: float(value) for k, value in judged(network, heldout).items() if isinstance(value, int | float)}
         report |= {"train_accuracy": judged(network, pairs)["accuracy"], "gain": gain, "bias": bias}
         engine.close()
         return network, report
