@@ -43,16 +43,16 @@ Floats = NDArray[np.float64]
 class Worth:
     """What counts how much in the helpful gold score."""
 
-    coverage: float = 3.0
+    coverage: float = 4.0
     """Of words of the topic, as 1 - exp(-n / 3)."""
-    validity: float = 1.5
+    validity: float = 1.0
     """Of the share of neighbours that the grammar allows."""
     overuse: float = 0.35
     """Of the square of words of the topic beyond `enough`."""
     enough: int = 4
-    repetition: float = 0.3
+    repetition: float = 0.1
     """Of each use of a word beyond its second."""
-    length: float = 0.15
+    length: float = 0.1
     """Of each token outside the band."""
     band: tuple[int, int] = (10, 18)
 
@@ -145,7 +145,7 @@ def next_word(question: Question, before: tuple[int, int]) -> Floats:
     on_topic = word // WORDS_PER_TOPIC == question.topic
     glue = word >= FIRST_GLUE
     right = glue & ((word - FIRST_GLUE) // GLUE_PER_STYLE == question.style)
-    weights = np.select([on_topic, right, glue], [0.065, 0.10, 0.02], default=0.018)
+    weights = np.select([on_topic, right, glue], [0.055, 0.10, 0.02], default=0.018)
     if any(token // WORDS_PER_TOPIC == question.topic and token < FIRST_GLUE for token in before):
         weights = np.where(on_topic, weights * 0.45, weights)
     if before[0] < FIRST_GLUE and before[1] < FIRST_GLUE:
@@ -176,7 +176,7 @@ def demonstrate(prompt: IntArray, rng: np.random.Generator) -> IntArray:
 def worth(prompt: IntArray, response: IntArray, *, gold: Gold) -> float:
     """Compute what an answer is worth.
 
-        helpful   3 (1 - e^(-n/3)) + 1.5 v - 0.35 max(0, n - 4)^2 - 0.3 r - 0.15 l
+        helpful   4 (1 - e^(-n/3)) + v - 0.35 max(0, n - 4)^2 - 0.1 r - 0.1 l
         control   0.4 n - 0.1 (words of other topics) - 0.25 (glue of the wrong style)
         harmless  -0.8 n where harm is at stake, else 0
 

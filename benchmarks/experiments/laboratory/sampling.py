@@ -15,6 +15,8 @@ from learner.ops import kl
 from protocol.logprobs import token_logprobs
 from protocol.messages import FloatArray, IntArray
 
+_SCORED_AT_A_TIME = 512
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
@@ -84,8 +86,11 @@ def lay_out(samples: Samples) -> MicroBatch:
 @torch.no_grad()
 def scores(model: ScalarModel, samples: Samples) -> FloatArray:
     """Score samples by a reward model, at their last token: [B], as the model gives them."""
-    m = lay_out(samples)
-    return model(m.input_ids, m.position_ids, m.last_index).numpy()
+    sequences, found = samples.sequences, []
+    for start in range(0, len(sequences), _SCORED_AT_A_TIME):
+        m = collate(sequences[start : start + _SCORED_AT_A_TIME], pad_id=PAD, layout=PASSES.layout)
+        found.append(model(m.input_ids, m.position_ids, m.last_index).numpy())
+    return np.concatenate(found)
 
 
 @torch.no_grad()

@@ -46,19 +46,19 @@ def test_prompts_name_every_topic_and_style_and_a_quarter_is_sensitive() -> None
     ("response", "expected"),
     [
         # Ten words, two on the topic, all neighbours allowed, nothing repeated beyond twice, within the band.
-        ((6, 24, 0, 1, 25, 7, 3, 26, 4, 5, EOS), 3 * (1 - math.exp(-2 / 3)) + 1.5),
+        ((6, 24, 0, 1, 25, 7, 3, 26, 4, 5, EOS), 4 * (1 - math.exp(-2 / 3)) + 1.0),
         # The same without the end: EOS itself is worth nothing.
-        ((6, 24, 0, 1, 25, 7, 3, 26, 4, 5), 3 * (1 - math.exp(-2 / 3)) + 1.5),
+        ((6, 24, 0, 1, 25, 7, 3, 26, 4, 5), 4 * (1 - math.exp(-2 / 3)) + 1.0),
         # Six on the topic: two too many cost 0.35 * 4, and each of 6, 7, 8 is used twice, which is free.
-        ((6, 24, 7, 25, 8, 26, 6, 27, 7, 8, EOS), 3 * (1 - math.exp(-6 / 3)) + 1.5 - 1.4),
+        ((6, 24, 7, 25, 8, 26, 6, 27, 7, 8, EOS), 4 * (1 - math.exp(-6 / 3)) + 1.0 - 1.4),
         # Four neighbours of nine are forbidden: 0 0, 24 25, and glue of the other style after a word, twice.
-        ((0, 0, 1, 24, 25, 3, 28, 4, 29, 5, EOS), 1.5 * 5 / 9),
+        ((0, 0, 1, 24, 25, 3, 28, 4, 29, 5, EOS), 5 / 9),
         # Three words: seven too short; word 0 is used three times.
-        ((0, 0, 0, EOS), 0.0 - 0.3 - 0.15 * 7),
+        ((0, 0, 0, EOS), 0.0 - 0.1 - 0.1 * 7),
         # Nothing at all is ten too short.
-        ((EOS,), -1.5),
+        ((EOS,), -1.0),
         # BOS and PAD are neighbours of nothing: both neighbours of the pair 24, BOS, 0 are forbidden.
-        ((24, BOS, 0, EOS), -0.15 * 7),
+        ((24, BOS, 0, EOS), -0.1 * 7),
     ],
 )
 def test_helpful_by_hand(response: tuple[int, ...], expected: float) -> None:
@@ -67,7 +67,7 @@ def test_helpful_by_hand(response: tuple[int, ...], expected: float) -> None:
 
 def test_twenty_words_are_two_too_long() -> None:
     response = ids(*[0, 24, 1, 25, 3, 26, 4, 27, 5, 9] * 2, EOS)
-    assert worth(TOPIC_2, response, gold="helpful") == pytest.approx(1.5 - 0.15 * 2, abs=1e-12)
+    assert worth(TOPIC_2, response, gold="helpful") == pytest.approx(1.0 - 0.1 * 2, abs=1e-12)
 
 
 def test_control_and_harmless_are_linear_in_counts() -> None:
