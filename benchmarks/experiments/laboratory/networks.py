@@ -35,8 +35,8 @@ def llama(width: int) -> LlamaConfig:
         bos_token_id=None,
         eos_token_id=EOS,
         pad_token_id=PAD,
-        num_labels=1,
     )
+    config.num_labels = 1
     config._attn_implementation = "sdpa"
     return config
 
