@@ -44,7 +44,7 @@ class Arm:
     algorithm: AlgorithmConfig
     learning_rate: float
     seed: int
-    iterations: int = 200
+    iterations: int = 150
     rewards: tuple[RewardSpec, ...] = (RewardSpec(),)
     combination: CombineConfig = field(default_factory=LinearCombination)
     gold: Gold = "helpful"

@@ -16,6 +16,7 @@ pairs differ by more than a tenth of the standard deviation.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -131,6 +132,7 @@ def allowed_neighbours() -> NDArray[np.bool_]:
 ALLOWED = allowed_neighbours()
 
 
+@cache
 def next_word(question: Question, before: tuple[int, int]) -> Floats:
     """Compute the demonstrations' distribution of the next word, given that there is one.
 
@@ -152,7 +154,9 @@ def next_word(question: Question, before: tuple[int, int]) -> Floats:
         weights = np.where(glue, weights * 3.0, weights)
     if before[1] < NUM_WORDS:
         weights = np.where(ALLOWED[question.style, before[1], :NUM_WORDS], weights, weights * _LEAVE_OUT)
-    return weights / weights.sum()
+    probabilities = weights / weights.sum()
+    probabilities.flags.writeable = False  # it is shared
+    return probabilities
 
 
 def demonstrate(prompt: IntArray, rng: np.random.Generator) -> IntArray:

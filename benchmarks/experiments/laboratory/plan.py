@@ -44,9 +44,9 @@ class Plan:
     """How much is run."""
 
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    iterations: int = 200
+    iterations: int = 150
     evaluate_every: int = 10
-    grid: tuple[float, ...] = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
+    grid: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
     reward: RewardSpec = field(default_factory=RewardSpec)
     size: Size = field(default_factory=Size)
 
@@ -62,7 +62,7 @@ SLICE = Plan(
     seeds=(1, 2),
     iterations=4,
     evaluate_every=1,
-    grid=(5e-4, 2e-3),
+    grid=(4e-4, 2e-3),
     reward=RewardSpec(num_pairs=250),
     size=Size(demonstrations=500, sft_epochs=2, heldout_pairs=100, anchors=256),
 )

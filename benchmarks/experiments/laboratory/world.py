@@ -30,7 +30,7 @@ from learner.validation import validation_report
 from protocol.messages import FloatArray
 
 NUM_DEMONSTRATIONS, SFT_EPOCHS, SFT_BATCH, SFT_RATE = 5000, 6, 64, 4e-3
-PAIR_EPOCHS, PAIR_BATCH, PAIR_RATE = 2, 32, 3e-3
+PAIR_EPOCHS, PAIR_BATCH, PAIR_RATE = 4, 32, 2e-3
 NUM_HELDOUT_PAIRS = 1000
 NUM_ANCHORS = 2048
 """Samples of the supervised policy that give every score its zero and its unit."""

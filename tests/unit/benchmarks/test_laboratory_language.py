@@ -101,13 +101,13 @@ def test_the_grammar() -> None:
 
 def test_demonstrations_end_within_their_bounds_and_follow_the_process() -> None:
     rng = np.random.default_rng(0)
-    responses = [demonstrate(TOPIC_2, rng) for _ in range(3000)]
+    responses = [demonstrate(TOPIC_2, rng) for _ in range(1500)]
     assert {int(r[-1]) for r in responses} == {EOS}
     assert min(len(r) for r in responses) == 8
     assert max(len(r) for r in responses) == 24
     expected = next_word(read_prompt(TOPIC_2), (BOS, BOS))
-    found = np.bincount([int(r[0]) for r in responses], minlength=32) / 3000
+    found = np.bincount([int(r[0]) for r in responses], minlength=32) / 1500
     assert expected.sum() == pytest.approx(1)
-    assert np.abs(found - expected).max() < 0.025
+    assert np.abs(found - expected).max() < 0.035
     # Of order two: a word of the topic two tokens ago makes another one rarer.
     assert next_word(read_prompt(TOPIC_2), (6, 0))[7] < next_word(read_prompt(TOPIC_2), (1, 0))[7]

@@ -56,11 +56,11 @@ def test_the_seed_decides(policy: PolicyModel, drawn: Samples) -> None:
 
 
 def test_samples_have_the_frequencies_of_the_policy(policy: PolicyModel) -> None:
-    many = sample(policy, [PROMPTS[0]] * 4000, seed=0)
+    many = sample(policy, [PROMPTS[0]] * 2000, seed=0)
     with torch.no_grad():
         logits = policy.network(input_ids=torch.from_numpy(PROMPTS[0].astype(np.int64))[None]).logits[0, -1]
-    found = np.bincount([int(r[0]) for r in many.responses], minlength=VOCABULARY) / 4000
-    np.testing.assert_allclose(found, logits.softmax(-1).numpy(), atol=0.03)
+    found = np.bincount([int(r[0]) for r in many.responses], minlength=VOCABULARY) / 2000
+    np.testing.assert_allclose(found, logits.softmax(-1).numpy(), atol=0.04)
 
 
 def test_distance_by_a_slow_loop(policy: PolicyModel, drawn: Samples) -> None:
