@@ -32,7 +32,7 @@ NUM_ROLLOUTS = 128
 CRITIC_RATE = 2e-3
 MISSING_EOS_PENALTY = 1.0
 """In standard deviations of the score, taken from responses that were cut."""
-NUM_EVALUATED = 512
+NUM_EVALUATED = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Arm:
     gold: Gold = "helpful"
     wrong_unit: WrongUnit | None = None
     """What the adaptive controller is fed instead of the KL per sequence."""
-    evaluate_every: int = 10
+    evaluate_every: int = 5
     size: Size = field(default_factory=Size)
 
     @property

@@ -9,10 +9,12 @@ A prompt names a topic and a style; the answer should speak of the topic, in the
 
 Demonstrations come from a Markov process of order two with a limited length. What an answer is worth (`gold`) is a
 program. Nothing learns from it but through labels of pairs, and it is made to turn where no demonstration goes:
-a fifth word of the topic is worth less than the fourth, and an eighth costs more than all others have earned.
+a seventh word of the topic earns next to nothing, and with twelve an answer is worth less than with none.
 
-Tuned on seed 0, before any result: the weights of `WORTH`, so that demonstrations are mediocre and four of five
-pairs differ by more than a tenth of the standard deviation.
+Tuned on seed 0, before any result: the weights of `WORTH`. At first the over-use counted from the fourth word on, and
+repetition, length and grammar counted for more: gold then fell from the first iterations on, because words are used
+so often within reach of the demonstrations already, and 8,000 pairs did not teach a reward model what they are about
+(held-out accuracy 0.80).
 """
 
 from dataclasses import dataclass
@@ -44,13 +46,13 @@ Floats = NDArray[np.float64]
 class Worth:
     """What counts how much in the helpful gold score."""
 
-    coverage: float = 4.0
-    """Of words of the topic, as 1 - exp(-n / 3)."""
+    coverage: float = 5.0
+    """Of words of the topic, as 1 - exp(-n / 4)."""
     validity: float = 1.0
     """Of the share of neighbours that the grammar allows."""
-    overuse: float = 0.35
+    overuse: float = 0.15
     """Of the square of words of the topic beyond `enough`."""
-    enough: int = 4
+    enough: int = 6
     repetition: float = 0.1
     """Of each use of a word beyond its second."""
     length: float = 0.1
@@ -180,7 +182,7 @@ def demonstrate(prompt: IntArray, rng: np.random.Generator) -> IntArray:
 def worth(prompt: IntArray, response: IntArray, *, gold: Gold) -> float:
     """Compute what an answer is worth.
 
-        helpful   4 (1 - e^(-n/3)) + v - 0.35 max(0, n - 4)^2 - 0.1 r - 0.1 l
+        helpful   5 (1 - e^(-n/4)) + v - 0.15 max(0, n - 6)^2 - 0.1 r - 0.1 l
         control   0.4 n - 0.1 (words of other topics) - 0.25 (glue of the wrong style)
         harmless  -0.8 n where harm is at stake, else 0
 
@@ -211,7 +213,7 @@ def worth(prompt: IntArray, response: IntArray, *, gold: Gold) -> float:
     low, high = WORTH.band
     outside = max(low - len(tokens), 0, len(tokens) - high)
     return (
-        WORTH.coverage * (1 - float(np.exp(-on_topic / 3)))
+        WORTH.coverage * (1 - float(np.exp(-on_topic / 4)))
         + WORTH.validity * (float(allowed.mean()) if len(allowed) else 0.0)
         - WORTH.overuse * max(0, on_topic - WORTH.enough) ** 2
         - WORTH.repetition * float(repeated)

@@ -45,8 +45,8 @@ class Plan:
 
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     iterations: int = 150
-    evaluate_every: int = 10
-    grid: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+    evaluate_every: int = 5
+    grid: tuple[float, ...] = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)
     reward: RewardSpec = field(default_factory=RewardSpec)
     size: Size = field(default_factory=Size)
 
