@@ -3,6 +3,9 @@
 The fairness rules: every algorithm has the same grid of five learning rates, as many rollouts and gradient steps, the
 same sampling, critic, reward model and units. Its learning rate is the one with the highest *proxy* at a fixed KL on
 seed 0; results are of seeds 1 to 5, and what every learning rate did is published.
+
+Tuned on seed 0, before any result: the grid's place and the length. PPO without control went 11 nats away in ten
+iterations at 1e-3 and 3 at 2e-4; at 1e-4 gold rose to 4 nats in twenty and then fell while the proxy went on rising.
 """
 
 import argparse

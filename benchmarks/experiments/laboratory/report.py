@@ -49,7 +49,7 @@ def publish(directory: Path, curves: Mapping[str, BySeed], claims: Sequence[Clai
     write_table(directory / "summary.csv", rows)
     stored = [asdict(claim) | {"sentence": claim.sentence} for claim in claims]
     (directory / "verdicts.json").write_text(json.dumps(stored, indent=1) + "\n")
-    console = Console()
+    console = Console(width=140)
     shown = ("end_gold", "end_proxy", "end_kl_exact_nats", "peak_gold", "peak_kl_exact_nats", "gold_at_4_nats")
     table = Table("arm", *(name.replace("_", " ") for name in shown), title="mean over seeds (least .. greatest)")
     for name in curves:

@@ -2,7 +2,7 @@
 
 Tuned on seed 0, before any result: sizes, learning rates and epochs below, so that the supervised policy is mediocre
 (it imitates demonstrations of mediocre worth, and not perfectly) and a reward model of 8,000 pairs decides 85 to 95 of
-100 held-out pairs as gold does.
+100 held-out pairs as gold does: 0.915 with these, and 0.82 after two epochs, whatever the learning rate.
 """
 
 import json
