@@ -6,9 +6,10 @@ which all arms of a seed have in common, and gold, proxy and the distance from t
 
 import csv
 import os
+import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,14 @@ class Arm:
     size: Size = field(default_factory=Size)
 
     @property
+    def digest(self) -> str:
+        """Name what decides about the curve: everything but what the arm is called."""
+        return f"{zlib.crc32(repr(replace(self, experiment='', name='')).encode()):08x}"
+
+    @property
     def file(self) -> str:
         """The curve's place below the folder of results; different settings have different files."""
-        return f"{self.experiment}/raw/{self.name}-seed{self.seed}-{zlib.crc32(repr(self).encode()):08x}.csv"
+        return f"{self.experiment}/raw/{self.name}-seed{self.seed}-{self.digest}.csv"
 
 
 class Scorer:
@@ -75,25 +81,30 @@ class Scorer:
         return combine(components, weights=weights, config=self._rule, about_safety=about_safety), components
 
 
-def run(arm: Arm, worlds: Path, results: Path, *, progress: Callable[[int], None] = lambda done: None) -> Path:
-    """Run an arm; a finished one is left as it is.
+def run(arm: Arm, worlds: Path, results: Path) -> Path:
+    """Run an arm; a finished one is left as it is, and one that another experiment has run is copied.
 
     Args:
         arm: What to run.
-        worlds: Where the worlds of all seeds are kept.
+        worlds: Where the worlds of all seeds are kept, and curves for arms that experiments have in common.
         results: Where curves go.
-        progress: Told how many iterations are done.
 
     Returns:
         The curve's file.
     """
-    path = results / arm.file
+    path, shared = results / arm.file, worlds / "curves" / f"{arm.digest}.csv"
     if path.exists():
         return path
-    rows: list[dict[str, float]] = []
-    for row in curve(arm, World(worlds, seed=arm.seed, size=arm.size)):
-        rows.append(row)
-        progress(int(row["iteration"]))
+    if not shared.exists():
+        _write(shared, list(curve(arm, World(worlds, seed=arm.seed, size=arm.size))))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    shutil.copyfile(shared, draft)
+    draft.replace(path)
+    return path
+
+
+def _write(path: Path, rows: list[dict[str, float]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
     with draft.open("w", newline="") as file:
@@ -101,7 +112,6 @@ def run(arm: Arm, worlds: Path, results: Path, *, progress: Callable[[int], None
         writer.writeheader()
         writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
     draft.replace(path)
-    return path
 
 
 def curve(arm: Arm, world: World) -> Iterator[dict[str, float]]:

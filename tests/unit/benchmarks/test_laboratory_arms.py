@@ -1,10 +1,13 @@
 """Arms: what the learner is given, wrong units, files by settings, and a queue that goes on where it stopped."""
 
+import csv
+
 import numpy as np
 import pytest
 
 from benchmarks.experiments.laboratory.arm_queue import Places, Task, run_all, run_tasks
-from benchmarks.experiments.laboratory.arms import Arm, curve
+from benchmarks.experiments.laboratory.arms import Arm, curve, run
+from benchmarks.experiments.laboratory.language import worth
 from benchmarks.experiments.laboratory.plan import ALGORITHMS, SLICE, tempered
 from benchmarks.experiments.laboratory.units import WrongUnitController, mistaken_kl
 from benchmarks.experiments.laboratory.world import RewardSpec, Size, World
@@ -12,7 +15,7 @@ from configs.algorithm import KLControllerConfig
 from learner.ops.kl import AdaptiveKLController, SequenceKL
 from tests.learner_batches import scored_batch
 
-TINY = Size(demonstrations=64, sft_epochs=1, heldout_pairs=20, anchors=64)
+TINY = Size(demonstrations=64, sft_epochs=1, heldout_pairs=20, anchors=400)
 SPEC = RewardSpec(num_pairs=40)
 
 
@@ -42,8 +45,8 @@ def test_arms_of_a_seed_start_alike_whatever_the_algorithm(world: World) -> None
 
 def test_scores_have_the_unit_of_the_supervised_policy(world: World) -> None:
     start = next(iter(curve(arm(), world)))
-    assert abs(start["proxy"]) < 0.35
-    assert abs(start["gold"]) < 0.35
+    assert abs(start["proxy"]) < 0.3
+    assert abs(start["gold"]) < 0.3
 
 
 def test_fewer_pairs_are_the_beginning_of_more(world: World) -> None:
@@ -55,8 +58,6 @@ def test_fewer_pairs_are_the_beginning_of_more(world: World) -> None:
 
 def test_hard_labels_follow_gold_and_sampled_ones_do_so_more_often_than_not(world: World) -> None:
     def gold_leads(spec: RewardSpec) -> np.ndarray:
-        from benchmarks.experiments.laboratory.language import worth
-
         pairs = world.pairs(spec, num=300, what="pairs")
         worths = [[worth(s.prompt_ids, s.response_ids, gold="helpful") for s in pair.sequences] for pair in pairs]
         return np.array([w[p.better[0]] - w[p.worse[0]] for w, p in zip(worths, pairs, strict=True)])
@@ -75,6 +76,19 @@ def test_other_settings_have_other_files() -> None:
         arm(rewards=(RewardSpec(num_pairs=41),)),
     ]
     assert len({a.file for a in [base, *others]}) == 5
+
+
+def test_experiments_share_the_arms_that_they_have_in_common(tmp_path) -> None:
+    first, second = arm(), arm(experiment="other", name="b")
+    path = run(first, tmp_path / "worlds", tmp_path / "results")
+    for weights in (tmp_path / "worlds").rglob("*.safetensors"):
+        weights.write_bytes(b"")  # whoever trains now, fails
+    copied = run(second, tmp_path / "worlds", tmp_path / "results")
+    assert (first.digest, copied.parent.parent.name) == (second.digest, "other")
+    assert copied.read_bytes() == path.read_bytes()
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["iteration"]) for row in rows] == [0, 1, 2]
 
 
 def test_a_wrong_unit_lets_the_coefficient_decay_where_the_right_one_raises_it() -> None:
@@ -118,9 +132,10 @@ def test_a_queue_goes_on_where_it_stopped(tmp_path) -> None:
     assert [p.exists() for p in paths] == [True, True]
     kept = paths[1].read_bytes()
     paths[1].unlink()
+    (places.worlds / "curves" / f"{arms[1].digest}.csv").unlink()
     run_all(arms, places, processes=1)
     assert paths[1].read_bytes() == kept
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".csv", ".json", ".safetensors"}
 
 
 def _fail() -> None:
