@@ -1,21 +1,17 @@
 """Scored batches and tiny networks for the learner's tests, made on the spot."""
 
 import math
-import os
-from functools import cache
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from benchmarks.experiments.laboratory.rank import single_rank
 from learner.models import PolicyModel, ScalarModel, init_head
-from learner.training import RankContext
 from protocol.messages import PolicyVersions, Prompt, Rollout, RolloutKey, ScoredBatch, ScoredRollout
 
+__all__ = ["VOCABULARY", "scored_batch", "single_rank", "tiny_config", "tiny_critic", "tiny_policy"]
 VOCABULARY = 64
-
-# The tensors are tiny: several threads would only wait for each other.
-torch.set_num_threads(1)
 
 
 def tiny_config(*, hidden: int = 32, tied: bool = False) -> LlamaConfig:
@@ -76,14 +72,3 @@ def scored_batch(num: int = 12, *, seed: int = 0, iteration: int = 0, policy_ver
         score = float(rng.normal())
         rollouts.append(ScoredRollout(rollout=rollout, score=score, components={"rm": score}, ref_logprobs=noise[1]))
     return ScoredBatch(round=1, iteration=iteration, policy_version=policy_version, rollouts=tuple(rollouts))
-
-
-@cache
-def single_rank() -> RankContext:
-    """Make this process a group of one, as DeepSpeed wants it; once a process."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from learner.distributed import LOOPBACK, init_distributed, listen
-
-    listener = listen(LOOPBACK)
-    port = listener.getsockname()[1]
-    return init_distributed(rank=0, world_size=1, address=LOOPBACK, port=port, listener=listener, timeout_s=60)
