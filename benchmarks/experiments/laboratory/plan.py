@@ -28,7 +28,7 @@ CHOICE_KL_NATS = 4.0
 """Where the proxies of learning rates are compared."""
 TARGET_NATS = 6.0
 EPISODES_OF_CONTROL = 1000
-"""The adaptive controller's horizon. The published 10,000 could change the coefficient by a factor of 1.7 in a run of
+"""The adaptive controller's horizon. The published 10,000 could change the coefficient by a factor of 1.5 in a run of
 this length, so that the controller would be no subject of an experiment."""
 SAME: dict[str, Any] = {"num_epochs": 2, "minibatch_responses": 64}
 ADAPTIVE = KLControllerConfig(
