@@ -81,7 +81,7 @@ class _Worker:
     def logprobs(self, payloads: list[Any]) -> tuple[Any, Any]:
         self._work()
         keys = tuple(payloads)
-        return ReferenceSummary(keys=keys, behavior_kl_nats=[0.0] * len(keys), busy_s=0.0), self.name  # pyright: ignore[reportArgumentType]
+        return ReferenceSummary(keys=tuple(keys), behavior_kl_nats=dict.fromkeys(keys, 0.0), busy_s=0.0), self.name
 
     def _work(self) -> None:
         if self.fate == "dies at work":
