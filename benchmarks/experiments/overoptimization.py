@@ -246,7 +246,7 @@ def claims(runs: Optimisers, *, counts: list[str], control: str) -> list[Claim]:
 
 
 def predicts(curve: Curve, form: forms.Form) -> bool:
-    """Say whether extrapolation beats the guess that gold stays where it was; what cannot be fitted predicts nothing."""
+    """Say whether extrapolation beats a guess of no change; what has no fit predicts nothing."""
     found = extrapolated(*gained(curve), form)
     return found is not None and found.rmse < found.rmse_of_last_value
 
