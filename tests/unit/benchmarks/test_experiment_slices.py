@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-FIRST_CLAIMS = {"algorithms": "APA over PPO", "lambda_sweep": "E1", "controller": "E2"}
+FIRST_CLAIMS = {"algorithms": "APA over PPO", "lambda_sweep": "E1", "controller": "E2", "overoptimization": "E4"}
 
 
 @pytest.fixture(scope="module")
