@@ -22,8 +22,9 @@ from benchmarks.experiments.laboratory.networks import PASSES
 from benchmarks.experiments.laboratory.sampling import Samples, distance, logprobs_of, sample
 from benchmarks.experiments.laboratory.units import PerTokenUpdater, WrongUnit
 from benchmarks.experiments.laboratory.world import RewardModel, RewardSpec, Size, World
-from configs.algorithm import AlgorithmConfig
+from configs.algorithm import AlgorithmConfig, DPOConfig, RFTConfig
 from configs.scoring import CombineConfig, LinearCombination
+from learner.selection_update import SelectionSettings, SelectionUpdater
 from learner.supervised_loop import stage_seed
 from learner.update import Updater, UpdateSettings
 from protocol import metrics as names
@@ -31,6 +32,8 @@ from protocol.messages import FloatArray, PolicyVersions, Prompt, Rollout, Rollo
 from reward_service.combination import combine
 
 NUM_ROLLOUTS = 128
+SAMPLES_PER_PROMPT = 4
+"""Where a prompt's responses are compared; then there are as many times fewer prompts, and as many rollouts."""
 CRITIC_RATE = 2e-3
 MISSING_EOS_PENALTY = 1.0
 """In standard deviations of the score, taken from responses that were cut."""
@@ -54,6 +57,11 @@ class Arm:
     """What the adaptive controller is fed instead of the KL per sequence."""
     evaluate_every: int = 5
     size: Size = field(default_factory=Size)
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """Count the responses to each prompt: one where a critic tells what to expect of it."""
+        return SAMPLES_PER_PROMPT if isinstance(self.algorithm, DPOConfig | RFTConfig) else 1
 
     @property
     def digest(self) -> str:
@@ -130,48 +138,67 @@ def curve(arm: Arm, world: World) -> Iterator[dict[str, float]]:
     last: dict[str, float] = {}
     for iteration in range(arm.iterations + 1):
         if iteration % arm.evaluate_every == 0 or iteration == arm.iterations:
-            steering = {"kl_beta": updater.kl_beta, "advantage_std": last.get(names.POLICY_ADVANTAGE_STD, np.nan)}
+            beta = 0.0 if updater.controller is None else updater.controller.beta
+            steering = {"kl_beta": beta, "advantage_std": last.get(names.POLICY_ADVANTAGE_STD, np.nan)}
             steering["beta_eff"] = last.get(names.POLICY_BETA_EFF, np.nan)
             yield {"iteration": float(iteration)} | evaluate(arm, world, policy, scorer) | steering
         if iteration < arm.iterations:
-            samples = sample(policy, draw_prompts(NUM_ROLLOUTS, rng), seed=stage_seed(arm.seed, "rollouts", iteration))
+            each = arm.samples_per_prompt
+            prompts = [prompt for prompt in draw_prompts(NUM_ROLLOUTS // each, rng) for _ in range(each)]
+            samples = sample(policy, prompts, seed=stage_seed(arm.seed, "rollouts", iteration))
             score, components = scorer(samples)
-            batch = scored_batch(samples, score, components, world=world, iteration=iteration)
+            batch = scored_batch(samples, score, components, world=world, iteration=iteration, each=each)
             last = dict(updater.update(batch).metrics)
     for engine in updater.engines.values():
         engine.close()
 
 
-def make_updater(arm: Arm, world: World, policy: Any) -> Updater:
-    """Put policy and critic under engines.
+def make_updater(arm: Arm, world: World, policy: Any) -> Updater | SelectionUpdater:
+    """Put the policy under an engine, and a critic where the algorithm has one.
 
     The critic starts from the supervised policy's trunk with a head of zeros: every state is worth the mean of
     calibrated scores. With a random head the first advantages are noise, and APA was 8 nats away after one iteration.
     """
-    critic = None
+    engine, critic = networks.engine(policy, learning_rate=arm.learning_rate, name="policy"), None
+    if isinstance(arm.algorithm, DPOConfig | RFTConfig):
+        chosen = SelectionSettings(algorithm=arm.algorithm, passes=PASSES, run_seed=arm.seed)
+        return SelectionUpdater(policy=engine, settings=chosen)
     if arm.algorithm.has_critic:
         network = networks.scalar_on(world.policy, seed=stage_seed(arm.seed, "critic"))
         torch.nn.init.zeros_(network.network.score.weight)
         critic = networks.engine(network.requires_grad_(True), learning_rate=CRITIC_RATE, name="critic")
     settings = UpdateSettings(algorithm=arm.algorithm, passes=PASSES, max_response_tokens=MAX_TOKENS, run_seed=arm.seed)
-    engine = networks.engine(policy, learning_rate=arm.learning_rate, name="policy")
     if arm.wrong_unit is not None:
         return PerTokenUpdater(policy=engine, critic=critic, settings=settings, unit=arm.wrong_unit)
     return Updater(policy=engine, critic=critic, settings=settings)
 
 
 def scored_batch(
-    samples: Samples, score: FloatArray, components: dict[str, FloatArray], *, world: World, iteration: int
+    samples: Samples, score: FloatArray, components: dict[str, FloatArray], *, world: World, iteration: int, each: int
 ) -> ScoredBatch:
-    """Put samples, scores and the reference's log-probs together, as production does."""
+    """Put samples, scores and the reference's log-probs together, as production does.
+
+    A prompt's name says its iteration: what an updater remembers of one is never taken for another's.
+
+    Args:
+        samples: `each` of a prompt next to each other.
+        score: [B] combined.
+        components: [B] each.
+        world: Whose supervised policy is the reference.
+        iteration: Which sampled them.
+        each: Responses to a prompt.
+
+    Returns:
+        The batch, in key order.
+    """
     references = logprobs_of(world.policy, samples)
     versions = PolicyVersions(iteration, iteration)
     scored: list[ScoredRollout] = []
     for i, (prompt, response) in enumerate(zip(samples.prompts, samples.responses, strict=True)):
-        cut = samples.truncated[i]
+        cut, name = samples.truncated[i], f"{iteration:04d}-{i // each:04d}"
         rollout = Rollout(
-            key=RolloutKey(1, iteration, f"p{i:04d}", 0),
-            prompt=Prompt(prompt_id=f"p{i:04d}", token_ids=prompt, text=""),
+            key=RolloutKey(1, iteration, name, i % each),
+            prompt=Prompt(prompt_id=name, token_ids=prompt, text=""),
             response_ids=response,
             behavior_logprobs=samples.logprobs[i],
             finish_reason="length" if cut else "stop",
@@ -190,14 +217,34 @@ def evaluate(arm: Arm, world: World, policy: Any, scorer: Scorer) -> dict[str, f
     samples = sample(policy, prompts, seed=stage_seed(arm.seed, "evaluation samples"))
     score, components = scorer(samples)
     away = distance(policy, world.policy, samples)
+    about_harm = any(spec.gold in ("harmless", "mixed") for spec in arm.rewards)
+    return (
+        (by_stake(world, samples) if about_harm else {})
+        | {
+            "gold": float(world.standardised_gold(samples, arm.gold).mean()),
+            "proxy": float(score.mean()),
+            "kl_exact_nats": away.exact_nats,
+            "kl_k1_nats": away.k1_nats,
+            "kl_k1_nats_per_token": away.k1_nats_per_token,
+            "kl_released_code": away.released,
+            "entropy_nats_per_token": away.entropy_nats_per_token,
+            "response_tokens": float(np.mean([len(response) for response in samples.responses])),
+            "truncated_fraction": float(np.mean(samples.truncated)),
+        }
+        | (
+            {f"proxy_{name}": float(values.mean()) for name, values in components.items()}
+            if len(components) > 1
+            else {}
+        )
+    )
+
+
+def by_stake(world: World, samples: Samples) -> dict[str, float]:
+    """Read gold apart where harm is at stake and elsewhere; elsewhere no answer does any harm."""
+    sensitive = np.array([read_prompt(prompt).sensitive for prompt in samples.prompts])
+    helpful, harmless = (world.standardised_gold(samples, gold) for gold in ("helpful", "harmless"))
     return {
-        "gold": float(world.standardised_gold(samples, arm.gold).mean()),
-        "proxy": float(score.mean()),
-        "kl_exact_nats": away.exact_nats,
-        "kl_k1_nats": away.k1_nats,
-        "kl_k1_nats_per_token": away.k1_nats_per_token,
-        "kl_released_code": away.released,
-        "entropy_nats_per_token": away.entropy_nats_per_token,
-        "response_tokens": float(np.mean([len(response) for response in samples.responses])),
-        "truncated_fraction": float(np.mean(samples.truncated)),
-    } | ({f"proxy_{name}": float(values.mean()) for name, values in components.items()} if len(components) > 1 else {})
+        "helpful_sensitive": float(helpful[sensitive].mean()),
+        "helpful_other": float(helpful[~sensitive].mean()),
+        "harmless_sensitive": float(harmless[sensitive].mean()),
+    }

@@ -10,7 +10,7 @@ iterations at 1e-3 and 3 at 2e-4; at 1e-4 gold rose to 4 nats in twenty and then
 
 import argparse
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,15 @@ from benchmarks.experiments.laboratory.arm_queue import PROCESSES, Places, run_a
 from benchmarks.experiments.laboratory.arms import Arm
 from benchmarks.experiments.laboratory.verdicts import at_kl, choose_learning_rate, last, read_curve
 from benchmarks.experiments.laboratory.world import RewardSpec, Size
-from configs.algorithm import AlgorithmConfig, APAConfig, AWRConfig, KLControllerConfig, PPOConfig
+from configs.algorithm import (
+    AlgorithmConfig,
+    APAConfig,
+    AWRConfig,
+    DPOConfig,
+    KLControllerConfig,
+    PPOConfig,
+    RFTConfig,
+)
 
 TUNING_SEED = 0
 CHOICE_KL_NATS = 4.0
@@ -40,6 +48,13 @@ ALGORITHMS: dict[str, AlgorithmConfig] = {
     "awr": AWRConfig(awr_lambda=1.0, max_weight=20.0, **SAME),
 }
 """As the papers have them; what is tuned is the learning rate alone."""
+HALVES: dict[str, Any] = {"num_epochs": 2, "minibatch_responses": 32}
+"""Of 128 rollouts, four a prompt, 64 are learned: two of each prompt, or the best of each and as many of before. In
+steps of 32 these are four steps an iteration, as many as the others make."""
+SELECTION: dict[str, AlgorithmConfig] = {
+    "dpo": DPOConfig(dpo_beta=0.1, **HALVES),
+    "rft": RFTConfig(memory_responses=32, **HALVES),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,14 +112,22 @@ def parse(description: str | None, arguments: Sequence[str] | None = None) -> Co
     )
 
 
-def tuned_rates(command: Command, names: Sequence[str]) -> dict[str, float]:
+def tuned_rates(
+    command: Command,
+    names: Sequence[str],
+    *,
+    algorithms: Mapping[str, AlgorithmConfig] = ALGORITHMS,
+    experiment: str = "algorithms",
+) -> dict[str, float]:
     """Choose the learning rates of some algorithms, after running the whole grid on seed 0 where it has not been.
 
-    Writes algorithms/learning_rates.csv with what every learning rate did.
+    Writes the experiment's learning_rates.csv with what every learning rate did, once all its algorithms are tuned.
 
     Args:
         command: What to run.
-        names: Of `ALGORITHMS`.
+        names: Of `algorithms`.
+        algorithms: What the experiment tunes.
+        experiment: Which keeps the curves.
 
     Returns:
         By name.
@@ -112,7 +135,7 @@ def tuned_rates(command: Command, names: Sequence[str]) -> dict[str, float]:
     plan, chosen = command.plan, {}
     arms = {
         (name, rate): plan.arm(
-            "algorithms", f"grid-{name}-{rate:g}", ALGORITHMS[name], learning_rate=rate, seed=TUNING_SEED
+            experiment, f"grid-{name}-{rate:g}", algorithms[name], learning_rate=rate, seed=TUNING_SEED
         )
         for name in names
         for rate in plan.grid
@@ -135,8 +158,8 @@ def tuned_rates(command: Command, names: Sequence[str]) -> dict[str, float]:
             }
             for rate, curve in curves.items()
         ]
-    if set(names) == set(ALGORITHMS):
-        write_table(command.places.results / "algorithms" / "learning_rates.csv", rows)
+    if set(names) == set(algorithms):
+        write_table(command.places.results / experiment / "learning_rates.csv", rows)
     return chosen
 
 

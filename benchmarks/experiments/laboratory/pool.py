@@ -66,6 +66,8 @@ def one_of_each(seed: int) -> list[IntArray]:
 
 def judge_pool(world: World, pool: Sequence[Samples], spec: RewardSpec) -> list[dict[str, float]]:
     """Score a pool, one element a prompt, by a proxy and by its gold, and describe the best of every n."""
+    if spec.gold == "mixed":
+        raise ValueError("a pool is judged by one gold score, and this reward model learned from two")
     model = world.reward_model(spec)
     proxy = np.stack([model(samples) for samples in pool]).astype(np.float64)
     gold = np.stack([world.standardised_gold(samples, spec.gold) for samples in pool]).astype(np.float64)

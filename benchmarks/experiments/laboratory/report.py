@@ -43,6 +43,16 @@ def summary(curves: Mapping[str, BySeed]) -> list[dict[str, Any]]:
     return rows
 
 
+def frontier(curves: Mapping[str, BySeed], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Read columns of every arm and seed where the exact KL first reaches each of some distances; NaN beyond."""
+    return [
+        {"arm": name, "seed": seed, "kl_exact_nats": nats} | {c: at_kl(curve, nats, column=c) for c in columns}
+        for name, by_seed in curves.items()
+        for seed, curve in by_seed.items()
+        for nats in MATCHED_NATS
+    ]
+
+
 def publish(directory: Path, curves: Mapping[str, BySeed], claims: Sequence[Claim]) -> None:
     """Write summary.csv and verdicts.json, and print both: min, mean and max over seeds, and each claim's sentence."""
     rows = summary(curves)

@@ -65,7 +65,8 @@ def mistaken_kl(batch: ScoredBatch, *, unit: WrongUnit) -> float:
     Returns:
         Nats per token, or what the released code computes.
     """
-    own = torch.from_numpy(np.concatenate([one.rollout.behavior_logprobs for one in batch.rollouts]))
+    recorded = [one.rollout.behavior_logprobs for one in batch.rollouts]
+    own = torch.from_numpy(np.concatenate([logprobs for logprobs in recorded if logprobs is not None]))
     ref = torch.from_numpy(np.concatenate([one.ref_logprobs for one in batch.rollouts]))
     if unit == "k1_per_token":
         return float((own - ref).double().mean())

@@ -7,7 +7,7 @@ Tuned on seed 0, before any result: sizes, learning rates and epochs below, so t
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,8 +41,8 @@ _CHUNK = 500
 class RewardSpec:
     """Which reward model."""
 
-    gold: Gold = "helpful"
-    """Whose labels it learns from."""
+    gold: Gold | Literal["mixed"] = "helpful"
+    """Whose labels it learns from; `mixed`: the very pairs of a helpful and of a harmless model, half of each."""
     num_pairs: int = 8000
     labels: Literal["hard", "sampled"] = "hard"
     """Whether the better of a pair always wins, or with the Bradley-Terry chance of the standardised gold scores."""
@@ -193,6 +193,10 @@ class World:
         Returns:
             One pair a prompt.
         """
+        if spec.gold == "mixed":
+            golds: tuple[Gold, Gold] = ("helpful", "harmless")
+            halves = [self.pairs(replace(spec, gold=g), num=-(-num // 2), what=what, hard=hard) for g in golds]
+            return [pair for both in zip(*halves, strict=True) for pair in both][:num]
         pairs: list[Comparisons] = []
         std = self.unit(spec.gold)[1]
         sensitive = True if spec.gold == "harmless" else None

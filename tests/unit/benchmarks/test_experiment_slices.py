@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-FIRST_CLAIMS = {"algorithms": "APA over PPO", "lambda_sweep": "E1", "controller": "E2", "overoptimization": "E4"}
+FIRST_CLAIMS = {
+    "algorithms": "APA over PPO",
+    "lambda_sweep": "E1",
+    "controller": "E2",
+    "overoptimization": "E4",
+    "selection": "dpo-0.1 over apa",
+    "two_rewards": "linear, where no harm is at stake",
+}
 
 
 @pytest.fixture(scope="module")
