@@ -25,7 +25,7 @@ def rondo(*arguments: str) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=590,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -38,7 +38,7 @@ def untimed(directory: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if not name.startswith(TIMED)} for line in lines]
 
 
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(1500)
 def test_awr_learns_from_a_fixed_set_and_goes_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     pairs = list(preferences(seed=5, count=PAIRS))
     rows = [*pairs, {**pairs[0], "chosen": [{"role": "assistant", "content": "cup " * 99}]}]
@@ -83,7 +83,7 @@ def test_awr_learns_from_a_fixed_set_and_goes_on_in_the_middle_of_an_epoch(tmp_p
     }
     assert {(row["prompt"], row["response"]) for batch in batches for row in batch} == said_in_data
 
-    [calibration] = json.loads((run / "rounds" / "r001" / "calibrations.json").read_text()).values()
+    calibration = json.loads((run / "rounds" / "r001" / "calibrations.json").read_text())["reward_model"]
     assert (calibration["anchor"], calibration["num_responses"]) == ("responses", 41)
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert evaluation["after"]["kl_k1_per_sequence"] != 0  # of the policy's own samples
