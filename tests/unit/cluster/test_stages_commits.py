@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,6 +30,13 @@ class Learner:
         self.updates = 0
         self.refusals = 0
         self.attempts = 0
+        self.restored: list[tuple[str, str, str]] = []
+
+    def load(self, directory: Path) -> None:
+        self.restored.append(("all", directory.parent.name, (directory / "updates").read_text()))
+
+    def carry_over(self, directory: Path) -> None:
+        self.restored.append(("what outlives a round", directory.parent.name, (directory / "updates").read_text()))
 
     def save(self, directory: Path) -> None:
         self.attempts += 1
@@ -48,6 +56,9 @@ class Crew:
     @property
     def updates(self) -> int:
         return self.learner.updates
+
+    def start_rl(self, round: int, **of_round: Any) -> None:
+        """Build nothing."""
 
     def holds(self, version: int) -> None:
         """Take note of nothing."""
@@ -72,7 +83,10 @@ class Run:
         self.said: list[str] = []
         self.crew = Crew(self.learner)
         prompts = SimpleNamespace(
-            stream=lambda: SimpleNamespace(state_dict=lambda: {"taken": self.learner.updates}), rewind=lambda: None
+            stream=lambda: SimpleNamespace(
+                state_dict=lambda: {"taken": self.learner.updates}, load_state_dict=lambda state: None
+            ),
+            rewind=lambda: None,
         )
         nothing: Any = None
         parts = Parts(
@@ -252,3 +266,21 @@ def test_a_phase_goes_on_from_the_end_of_the_iterations_before_it_or_these_are_r
         assert resumed(*place) == ("optimise", 1, 2)
         assert run.stages._committer.latest is not None
         assert run.stages._committer.latest.driver["prompts"] == {"taken": 2}
+
+
+@pytest.mark.parametrize("is_new_process", [False, True], ids=["same process", "new process"])
+def test_a_round_begins_with_what_outlives_the_one_before(tmp_path: Path, is_new_process: bool) -> None:
+    run = Run(tmp_path, "rounds.count=2")
+    run.stages._start_learning(RunState(phase=Phase.OPTIMISE))
+    assert run.learner.restored == []
+    *_, state = [run.iterate(done) for done in (1, 2, 3, 4)]
+    run.stages.reached(state)
+    following = replace(state, phase=Phase.OPTIMISE, round=2, iteration=0)
+    run.stages.reached(following)
+    if is_new_process:
+        run = Run(tmp_path, "rounds.count=2")
+        assert run.stages.resume() == following
+    run.stages._start_learning(following)
+    assert run.learner.restored == [("what outlives a round", "r001-i000004", "4")]
+    run.stages._start_learning(replace(following, round=1, iteration=4))
+    assert run.learner.restored[1:] == [("all", "r001-i000004", "4")]
