@@ -115,3 +115,15 @@ class PlainEngine:
 
     def close(self) -> None:
         self._adamw.zero_grad()
+
+
+class RecordingEngine(PlainEngine):
+    """Keeps the gradient of every step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gradients: list[Tensor] = []
+
+    def step(self) -> StepResult:
+        self.gradients.append(torch.cat([g.flatten() for g in self.full_gradient().values()]))
+        return super().step()

@@ -13,19 +13,7 @@ from learner.experience import PassSettings
 from learner.selection_update import SelectionSettings, SelectionUpdater
 from protocol.messages import ScoredBatch, ScoredRollout
 from tests.learner_batches import scored_batch, tiny_policy
-from tests.plain_engine import PlainEngine
-
-
-class RecordingEngine(PlainEngine):
-    """Keeps the gradient of every step."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.gradients: list[Tensor] = []
-
-    def step(self) -> Any:
-        self.gradients.append(torch.cat([g.flatten() for g in self.full_gradient().values()]))
-        return super().step()
+from tests.plain_engine import RecordingEngine
 
 
 def make_updater(

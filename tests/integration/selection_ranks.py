@@ -1,27 +1,18 @@
-"""What each rank process of test_selection_ranks does: DPO and RFT under DeepSpeed, on the same data as any other rank.
+"""What each rank process of test_selection_ranks does: DPO and RFT under DeepSpeed, on the same data as any rank."""
 
-python -m tests.integration.selection_ranks RANK WORLD_SIZE PORT_FILE OUTPUT_DIRECTORY
-"""
-
-import os
-import socket
-import sys
-import time
 from pathlib import Path
 from typing import Any
-
-os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 
 from configs.algorithm import DPOConfig, RFTConfig
 from configs.learner import LearnerConfig, OptimizerConfig
-from learner.distributed import LOOPBACK, init_distributed, listen
 from learner.engine import DeepSpeedEngine
 from learner.experience import PassSettings
 from learner.selection_update import SelectionSettings, SelectionUpdater
-from learner.training import TrainingEngine
+from learner.training import RankContext, TrainingEngine
 from tests.learner_batches import tiny_policy
+from tests.rank_processes import run_rank
 from tests.selection_batches import sampled, with_scores
 
 HIDDEN = 128
@@ -33,7 +24,7 @@ ALGORITHMS = {
     "dpo": DPOConfig(minibatch_responses=6, num_epochs=2, dpo_beta=0.3),
     "rft": RFTConfig(minibatch_responses=5, num_epochs=2, memory_responses=4),
 }
-STAGES = (0, 3)
+STAGES = (0, 2, 3)
 
 
 def updates(policy: TrainingEngine, name: str) -> dict[str, Any]:
@@ -50,25 +41,8 @@ def updates(policy: TrainingEngine, name: str) -> dict[str, Any]:
     return {"metrics": metrics, "weights": torch.cat([tensor.flatten().float().clone() for tensor in found.values()])}
 
 
-def main() -> None:
-    """Do everything and write what was found."""
-    rank, world_size, port_file, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
-    torch.set_num_threads(1)
-    listener: socket.socket | None = None
-    if rank == 0:
-        listener = listen(LOOPBACK)
-        staging = port_file.with_suffix(".tmp")
-        staging.write_text(str(listener.getsockname()[1]))
-        staging.rename(port_file)
-    deadline = time.monotonic() + 60
-    while not port_file.exists():
-        if time.monotonic() > deadline:
-            raise TimeoutError("rank 0 has not written its port within 60 s")
-        time.sleep(0.05)
-    port = int(port_file.read_text())
-    context = init_distributed(
-        rank=rank, world_size=world_size, address=LOOPBACK, port=port, listener=listener, timeout_s=60
-    )
+def work(context: RankContext, directory: Path) -> dict[tuple[str, int], Any]:
+    """Do everything."""
     findings: dict[tuple[str, int], Any] = {}
     for name in ALGORITHMS:
         for stage in STAGES:
@@ -78,8 +52,8 @@ def main() -> None:
             )
             findings[name, stage] = updates(policy, name)
             policy.close()
-    torch.save(findings, directory / f"findings-{world_size}-{rank}.pt")
+    return findings
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(work)

@@ -1,8 +1,5 @@
-"""DPO and RFT on one rank and on two, under ZeRO 0 and 3, learn what plain PyTorch does (real DeepSpeed, gloo)."""
+"""DPO and RFT on one rank and on two, under ZeRO 0, 2 and 3, learn what plain PyTorch does (real DeepSpeed, gloo)."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +9,8 @@ from configs.learner import LearnerConfig
 from tests.integration.selection_ranks import ALGORITHMS, HIDDEN, RATE, STAGES, updates
 from tests.learner_batches import tiny_policy
 from tests.plain_engine import PlainEngine
+from tests.rank_processes import start_ranks
 
-ROOT = Path(__file__).parents[2]
 WORLDS = (1, 2)
 pytestmark = pytest.mark.timeout(600)
 
@@ -21,26 +18,14 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[tuple[str, int], Any]]]:
     """Run one process, then two, through all stages."""
-    found: dict[int, list[dict[tuple[str, int], Any]]] = {}
-    for world_size in WORLDS:
-        directory = tmp_path_factory.mktemp(f"world-{world_size}")
-        processes = [
-            subprocess.Popen(
-                [
-                    *(sys.executable, "-W", "ignore", "-m", "tests.integration.selection_ranks"),
-                    *(str(rank), str(world_size), str(directory / "port"), str(directory)),
-                ],
-                cwd=ROOT,
-                stdout=(directory / f"rank-{rank}.log").open("w"),
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(world_size)
-        ]
-        codes = [process.wait(timeout=240) for process in processes]
-        logs = "\n".join((directory / f"rank-{rank}.log").read_text()[-4000:] for rank in range(world_size))
-        assert codes == [0] * world_size, logs
-        found[world_size] = [torch.load(directory / f"findings-{world_size}-{rank}.pt") for rank in range(world_size)]
-    return found
+    return {
+        world_size: start_ranks(
+            "tests.integration.selection_ranks",
+            world_size=world_size,
+            directory=tmp_path_factory.mktemp(f"world-{world_size}"),
+        )
+        for world_size in WORLDS
+    }
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,5 @@
 """ZeRO 0 to 3, on one rank and on two, compute the same gradients, metrics and weights (real DeepSpeed, real gloo)."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +10,8 @@ from learner.update import Updater
 from tests.integration.zero_ranks import HIDDEN, RATE, SETTINGS, accumulate
 from tests.learner_batches import scored_batch, tiny_critic, tiny_policy
 from tests.plain_engine import PlainEngine
+from tests.rank_processes import start_ranks
 
-ROOT = Path(__file__).parents[2]
 STAGES = range(4)
 WORLDS = (1, 2)
 GUARDED = (
@@ -33,26 +30,14 @@ GUARDED = (
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """Run one process, then two, through all stages."""
-    found: dict[int, list[dict[str, Any]]] = {}
-    for world_size in WORLDS:
-        directory = tmp_path_factory.mktemp(f"world-{world_size}")
-        processes = [
-            subprocess.Popen(
-                [
-                    *(sys.executable, "-W", "ignore", "-m", "tests.integration.zero_ranks"),
-                    *(str(rank), str(world_size), str(directory / "port"), str(directory)),
-                ],
-                cwd=ROOT,
-                stdout=(directory / f"rank-{rank}.log").open("w"),
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(world_size)
-        ]
-        codes = [process.wait(timeout=240) for process in processes]
-        logs = "\n".join((directory / f"rank-{rank}.log").read_text()[-4000:] for rank in range(world_size))
-        assert codes == [0] * world_size, logs
-        found[world_size] = [torch.load(directory / f"findings-{world_size}-{rank}.pt") for rank in range(world_size)]
-    return found
+    return {
+        world_size: start_ranks(
+            "tests.integration.zero_ranks",
+            world_size=world_size,
+            directory=tmp_path_factory.mktemp(f"world-{world_size}"),
+        )
+        for world_size in WORLDS
+    }
 
 
 @pytest.fixture(scope="module")

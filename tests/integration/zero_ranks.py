@@ -1,18 +1,9 @@
-"""What each rank process of test_zero_stages does: every ZeRO stage in turn, on the same data, with findings as a file.
-
-python -m tests.integration.zero_ranks RANK WORLD_SIZE PORT_FILE OUTPUT_DIRECTORY
-"""
+"""What each rank process of test_zero_stages does: every ZeRO stage in turn, on the same data."""
 
 import errno
-import os
-import socket
-import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 from torch import Tensor
@@ -20,7 +11,6 @@ from torch import Tensor
 from configs.algorithm import KLControllerConfig, PPOConfig
 from configs.learner import LearnerConfig, OptimizerConfig
 from learner import checkpoint, weight_sender
-from learner.distributed import LOOPBACK, init_distributed, listen
 from learner.engine import DeepSpeedEngine
 from learner.experience import PassSettings, evaluate, flatten, passes
 from learner.training import RankContext, TrainingEngine
@@ -28,6 +18,7 @@ from learner.update import Updater, UpdateSettings
 from protocol.errors import NonFiniteError
 from protocol.weights import WeightManifest
 from tests.learner_batches import scored_batch, tiny_critic, tiny_policy
+from tests.rank_processes import run_rank
 from tests.small_disk import files_no_longer_than
 
 HIDDEN = 128
@@ -217,31 +208,17 @@ def evaluations_agree(context: RankContext) -> bool:
     return torch.equal(total, together * context.world_size)
 
 
-def main() -> None:
-    """Do everything and write what was found."""
-    rank, world_size, port_file, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
-    torch.set_num_threads(1)
-    listener: socket.socket | None = None
-    if rank == 0:
-        listener = listen(LOOPBACK)
-        staging = port_file.with_suffix(".tmp")
-        staging.write_text(str(listener.getsockname()[1]))
-        staging.rename(port_file)
-    while not port_file.exists():
-        time.sleep(0.05)
-    port = int(port_file.read_text())
-    context = init_distributed(
-        rank=rank, world_size=world_size, address=LOOPBACK, port=port, listener=listener, timeout_s=60
-    )
+def work(context: RankContext, directory: Path) -> dict[str, Any]:
+    """Do everything."""
     findings: dict[str, Any] = {"stages": [gradient_and_updates(context, stage, directory) for stage in range(4)]}
-    if world_size > 1:
+    if context.world_size > 1:
         findings["guards"] = {
             (stage, precision): guards(context, stage, precision)
             for stage, precision in ((0, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16"))
         }
         findings["evaluations_agree"] = evaluations_agree(context)
-    torch.save(findings, directory / f"findings-{world_size}-{rank}.pt")
+    return findings
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(work)

@@ -15,19 +15,9 @@ from learner.ops import pretraining
 from learner.update import Updater, UpdateSettings
 from protocol import metrics as names
 from tests.learner_batches import VOCABULARY, scored_batch, tiny_critic, tiny_policy
-from tests.plain_engine import PlainEngine
+from tests.plain_engine import PlainEngine, RecordingEngine
 
 RATE = OptimizerConfig(learning_rate=1e-3)
-
-
-class RecordingEngine(PlainEngine):
-    """Keeps the gradient of every step."""
-
-    gradients: list[Tensor]
-
-    def step(self):
-        self.gradients = [*getattr(self, "gradients", []), flat(self.full_gradient().values())]
-        return super().step()
 
 
 def flat(tensors) -> Tensor:

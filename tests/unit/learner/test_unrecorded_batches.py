@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from configs.algorithm import AlgorithmConfig, APAConfig, AWRConfig, CorrectionConfig, PPOConfig
 from configs.learner import BatchGuardsConfig, LearnerConfig, OptimizerConfig
@@ -19,7 +18,7 @@ from protocol import metrics as names
 from protocol.errors import UntrustedBatchError
 from protocol.messages import NOT_SAMPLED, ScoredBatch
 from tests.learner_batches import scored_batch, tiny_critic, tiny_policy
-from tests.plain_engine import PlainEngine
+from tests.plain_engine import RecordingEngine
 
 RATE = OptimizerConfig(learning_rate=1e-3)
 MINE: dict[str, Any] = {"minibatch_responses": 4, "num_epochs": 2}
@@ -31,18 +30,6 @@ ALGORITHMS: dict[str, AlgorithmConfig] = {
     "apa": APAConfig(**MINE),
     "apa, reinforce, whitened": APAConfig(advantage="reinforce", adv_norm="whiten", **MINE),
 }
-
-
-class RecordingEngine(PlainEngine):
-    """Keeps the gradient of every step."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.gradients: list[Tensor] = []
-
-    def step(self) -> Any:
-        self.gradients.append(torch.cat([g.flatten() for g in self.full_gradient().values()]))
-        return super().step()
 
 
 def make(algorithm: AlgorithmConfig) -> Updater:

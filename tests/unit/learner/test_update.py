@@ -16,23 +16,11 @@ from protocol import metrics as names
 from protocol.errors import NonFiniteError
 from protocol.messages import PolicyVersions, ScoredBatch, ScoredRollout, UpdateReport
 from tests.learner_batches import scored_batch, tiny_critic, tiny_policy
-from tests.plain_engine import PlainEngine
+from tests.plain_engine import RecordingEngine
 
 PPO = PPOConfig(minibatch_responses=4, num_epochs=2)
 APA = APAConfig(minibatch_responses=4, apa_lambda=0.5, num_epochs=2)
 RATE = OptimizerConfig(learning_rate=1e-3)
-
-
-class RecordingEngine(PlainEngine):
-    """Keeps the gradient of every step."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.gradients: list[Tensor] = []
-
-    def step(self) -> Any:
-        self.gradients.append(torch.cat([g.flatten() for g in self.full_gradient().values()]))
-        return super().step()
 
 
 def make(

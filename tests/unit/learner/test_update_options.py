@@ -19,7 +19,7 @@ from learner.update import Updater, UpdateSettings
 from protocol import metrics as names
 from protocol.messages import PolicyVersions, ScoredBatch
 from tests.learner_batches import scored_batch, tiny_critic, tiny_policy
-from tests.plain_engine import PlainEngine
+from tests.plain_engine import RecordingEngine
 
 RATE = OptimizerConfig(learning_rate=1e-3)
 MINE: dict[str, Any] = {"minibatch_responses": 4}
@@ -36,18 +36,6 @@ ALGORITHMS: dict[str, AlgorithmConfig] = {
     "ppo, sequence mask": PPOConfig(correction=CorrectionConfig(weight="sequence_mask", low=0.9), num_epochs=2, **MINE),
     "ppo, bypass": PPOConfig(correction=CorrectionConfig(old_policy="behavior"), num_epochs=2, **MINE),
 }
-
-
-class RecordingEngine(PlainEngine):
-    """Keeps the gradient of every step."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.gradients: list[Tensor] = []
-
-    def step(self) -> Any:
-        self.gradients.append(torch.cat([g.flatten() for g in self.full_gradient().values()]))
-        return super().step()
 
 
 def make(algorithm: AlgorithmConfig, *, token_budget: int = 256, layout: Any = "sorted") -> Updater:
