@@ -5,7 +5,7 @@ rewards and advantages from them, so moments are global without a reduction. Onl
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -190,6 +190,20 @@ def flatten(batch: ScoredBatch, *, device: torch.device) -> ResponseBatch:
     return responses
 
 
+def own_groups(
+    indices: Sequence[int], *, lengths: Sequence[int], settings: PassSettings, engine: TrainingEngine
+) -> list[list[int]]:
+    """Split a minibatch into micro-batches and take this rank's; equally many on every rank, some of them empty."""
+    context = engine.context
+    return plan(
+        indices,
+        lengths=lengths,
+        num_ranks=context.world_size,
+        token_budget=settings.token_budget,
+        layout=settings.layout,
+    )[context.rank]
+
+
 def passes(
     responses: ResponseBatch, indices: list[int], *, settings: PassSettings, engine: TrainingEngine
 ) -> Iterator[tuple[MicroBatch, Tensor, list[int]]]:
@@ -204,17 +218,9 @@ def passes(
     Yields:
         A micro-batch, its tokens' places in the flat vectors [n], and its responses.
     """
-    context = engine.context
-    groups = plan(
-        indices,
-        lengths=responses.lengths,
-        num_ranks=context.world_size,
-        token_budget=settings.token_budget,
-        layout=settings.layout,
-    )[context.rank]
-    for group in groups:
+    for group in own_groups(indices, lengths=responses.lengths, settings=settings, engine=engine):
         sequences = [responses.sequences[i] for i in group]
-        micro_batch = collate(sequences, pad_id=settings.pad_id, layout=settings.layout).to(context.device)
+        micro_batch = collate(sequences, pad_id=settings.pad_id, layout=settings.layout).to(engine.context.device)
         yield micro_batch, responses.flat_index(group, micro_batch), group
 
 

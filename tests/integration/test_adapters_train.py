@@ -1,18 +1,14 @@
 """Two rounds with adapters on the real stack: policy, critic and reward model, published merged and gone on from."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_run import tiny_overrides
+from tests.rondo_process import metrics_of, train_tiny
 
-ROOT = Path(__file__).parents[2]
 ADAPTERS = (
     "models.policy.train.lora={rank: 4, alpha: 8}",
     "models.critic.train.lora.rank=4",
@@ -27,18 +23,8 @@ ADAPTERS = (
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_rounds_train_one_adapter_on_one_base(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", "train", "quickstart", *tiny_overrides(tmp_path, *ADAPTERS)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=890,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    run = tmp_path / "tiny"
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    run = train_tiny(tmp_path, *ADAPTERS, timeout_s=890)
+    lines = metrics_of(run)
     assert len(lines) == 4
     for line in lines:
         assert line["policy/grad_norm"] > 0

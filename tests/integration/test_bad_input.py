@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cluster.checkpoint import verify
-from tests.integration.test_train import metrics_of, rondo
 from tests.json_server import Reply, serving
 from tests.reward_batches import lengths
+from tests.rondo_process import metrics_of, rondo
 from tests.tiny import tiny_llama
 from tests.tiny_run import tiny_overrides
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pyarrow import parquet
 
-from tests.integration.test_train import metrics_of, rondo
+from tests.rondo_process import metrics_of, rondo, untimed
 from tests.tiny_run import tiny_overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -40,11 +40,6 @@ def responses_of(directory: Path) -> dict[str, list[int]]:
     return {f"{row['round']}/{row['iteration']}/{row['prompt_id']}/{row['sample']}": row["response"] for row in rows}
 
 
-def figures(directory: Path) -> list[dict[str, float]]:
-    timed = ("time/", "busy/", "sync/seconds", "rollout/tokens_per_s")
-    return [{n: v for n, v in line.items() if not n.startswith(timed)} for line in metrics_of(directory)]
-
-
 def test_a_run_survives_the_loss_of_every_kind_of_worker(undisturbed: Path, tmp_path: Path) -> None:
     directory, output = run(
         tmp_path,
@@ -66,7 +61,7 @@ def test_a_run_survives_the_loss_of_every_kind_of_worker(undisturbed: Path, tmp_
     # A replacement samples what was owed in other batches than the lost worker would have: the tokens are the same, the
     # last bits of their log-probs need not be.
     assert responses_of(directory) == responses_of(undisturbed)
-    for ours, theirs in zip(figures(directory), figures(undisturbed), strict=True):
+    for ours, theirs in zip(untimed(directory), untimed(undisturbed), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
@@ -76,7 +71,7 @@ def test_the_learner_goes_on_from_its_checkpoint_bit_for_bit(undisturbed: Path, 
     [incident] = incidents_of(directory)
     assert incident["kind"] == "learner_lost"
     assert "learner-0" in incident["what"]
-    assert figures(directory) == figures(undisturbed)
+    assert untimed(directory) == untimed(undisturbed)
     for path in sorted((undisturbed / "policies").rglob("*.safetensors")):
         assert (directory / path.relative_to(undisturbed)).read_bytes() == path.read_bytes()
 
@@ -85,7 +80,7 @@ def test_a_short_pause_is_no_loss(undisturbed: Path, tmp_path: Path) -> None:
     pauses = ("rollout-0:serving:pause=4@1", "learner-0:update:pause=4@2")
     directory, _ = run(tmp_path, *pauses, never=["rollout-7:serving:kill"])
     assert incidents_of(directory) == []
-    assert figures(directory) == figures(undisturbed)
+    assert untimed(directory) == untimed(undisturbed)
 
 
 @pytest.mark.parametrize("who", ["reference-0:scoring", "learner-0:update", "driver-0:serving"])
@@ -99,7 +94,7 @@ def test_an_exception_ends_the_run_with_its_cause_and_the_same_command_goes_on(
     assert "an exception on purpose" in done.stderr
     again = rondo("train", "quickstart", *arguments)
     assert again.returncode == 0, again.stderr + again.stdout
-    assert figures(tmp_path / "tiny") == figures(undisturbed)
+    assert untimed(tmp_path / "tiny") == untimed(undisturbed)
 
 
 def test_an_exception_in_a_rollout_worker_costs_its_engine_or_ends_the_run_with_the_cause(
@@ -122,7 +117,7 @@ def test_an_exception_in_a_rollout_worker_costs_its_engine_or_ends_the_run_with_
         again = rondo("train", "quickstart", *arguments)
         assert again.returncode == 0, again.stderr + again.stdout
     assert responses_of(tmp_path / "tiny") == responses_of(undisturbed)
-    for ours, theirs in zip(figures(tmp_path / "tiny"), figures(undisturbed), strict=True):
+    for ours, theirs in zip(untimed(tmp_path / "tiny"), untimed(undisturbed), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 

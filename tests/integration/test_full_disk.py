@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_faults import figures, incidents_of
-from tests.integration.test_train import ROOT, metrics_of, rondo
+from tests.rondo_process import ROOT, metrics_of, rondo
 from tests.small_disk import fill, small_disk
 from tests.tiny_run import tiny_overrides
 

@@ -10,7 +10,7 @@ import pytest
 
 from actors.worker import environment
 from configs.rollout import RolloutConfig
-from tests.integration.test_train import ROOT, rondo
+from tests.rondo_process import ROOT, rondo
 from tests.tiny_run import tiny_overrides
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from protocol.tokens import load_tokenizer
 from tests.integration.test_rounds import overrides, store
-from tests.integration.test_train import rondo
+from tests.rondo_process import rondo
 
 ANSWER = "VERDICT: A"
 

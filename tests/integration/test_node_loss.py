@@ -6,7 +6,7 @@ import pytest
 
 from tests.integration.cluster_run import run_on_cluster
 from tests.integration.test_faults import figures, incidents_of, responses_of
-from tests.integration.test_train import rondo
+from tests.rondo_process import rondo
 from tests.tiny_run import tiny_overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -1,41 +1,18 @@
 """AWR on a fixed set of responses, on the real stack: none is sampled to learn from, and a resume changes nothing."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 
 from examples.quickstart.data import preferences
+from tests.rondo_process import rondo, signalled_when, untimed
 from tests.tiny_run import tiny_overrides
 
-ROOT = Path(__file__).parents[2]
-TIMED = ("time/", "busy/", "sync/seconds", "rollout/tokens_per_s")
 PAIRS = 20
 pytestmark = pytest.mark.slow
-
-
-def rondo(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=590,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    return done.stderr + done.stdout
-
-
-def untimed(directory: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (directory / "tiny" / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(TIMED)} for line in lines]
 
 
 @pytest.mark.timeout(1500)
@@ -53,11 +30,12 @@ def test_awr_learns_from_a_fixed_set_and_goes_on_in_the_middle_of_an_epoch(tmp_p
         "algorithm={name: awr, minibatch_responses: 8}",
         "rounds.iterations=4",
     )
-    said = rondo("train", "quickstart", *tiny_overrides(tmp_path, *overrides))
+    done = rondo("train", "quickstart", *tiny_overrides(tmp_path, *overrides), timeout_s=590)
+    assert done.returncode == 0, done.stderr + done.stdout
     assert "1 dropped: response longer than rollout.max_response_tokens = 56, its end included" in " ".join(
-        said.split()
+        (done.stderr + done.stdout).split()
     )
-    lines = untimed(tmp_path)
+    lines = untimed(tmp_path / "tiny")
     assert len(lines) == 4
     for line in lines:
         assert line["policy/grad_norm"] > 0
@@ -91,18 +69,10 @@ def test_awr_learns_from_a_fixed_set_and_goes_on_in_the_middle_of_an_epoch(tmp_p
 
     # The same run, stopped in the middle of an epoch over the 41 responses.
     again = tiny_overrides(tmp_path / "again", *overrides)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", "train", "quickstart", *again],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "iteration 1/4" in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait(timeout=300) == 75, rest
-    assert len(untimed(tmp_path / "again")) < 4
-    rondo("resume", str(tmp_path / "again" / "tiny"))
-    assert untimed(tmp_path / "again") == lines
+    code, output = signalled_when("iteration 1/4", ["train", "quickstart", *again], signal.SIGTERM)
+    assert code == 75, output
+    stopped = tmp_path / "again" / "tiny"
+    assert len(untimed(stopped)) < 4
+    resumed = rondo("resume", str(stopped), timeout_s=590)
+    assert resumed.returncode == 0, resumed.stderr + resumed.stdout
+    assert untimed(stopped) == lines

@@ -1,10 +1,7 @@
 """Rounds on the real stack, tiny: two of them, guards, people, and a driver that is killed in every phase."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +12,7 @@ import pytest
 from protocol.records import text_of
 from reward_service.preferences.records import Label, Outcome, stable_id
 from reward_service.preferences.store import PreferenceStore
-from tests.integration.test_train import metrics_of, rondo
+from tests.rondo_process import metrics_of, rondo, signalled_when, untimed
 from tests.tiny_run import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +30,6 @@ ROUNDS = (
     "rounds.evaluation.bootstrap_resamples=200",
     "run.name=rounds",
 )
-TIMED = ("time/", "busy/", "sync/seconds", "rollout/tokens_per_s")
 
 
 def overrides(directory: Path, *more: str) -> list[str]:
@@ -53,9 +49,7 @@ def what_matters(run: Path) -> dict[str, Any]:
     ladder = json.loads((run / "ladder.json").read_text())
     return {
         "lineage": json.loads((run / "lineage.json").read_text()),
-        "metrics": [
-            {name: value for name, value in line.items() if not name.startswith(TIMED)} for line in metrics_of(run)
-        ],
+        "metrics": untimed(run),
         "tasks": tasks,
         "labels": said,
         "ladder": (ladder["comparisons_sha256"], ladder["ratings"], ladder["best"]),
@@ -217,27 +211,9 @@ PHASES = (
 @pytest.mark.timeout(1500)
 def test_a_driver_killed_in_every_phase_makes_the_same_run(played: tuple[Path, str], tmp_path: Path) -> None:
     for phase in PHASES:
-        killed_when(phase, overrides(tmp_path))
+        signalled_when(phase, ["train", "quickstart", *overrides(tmp_path)], signal.SIGKILL)
     done = rondo("train", "quickstart", *overrides(tmp_path))
     assert done.returncode == 0, done.stderr + done.stdout
     ours, theirs = what_matters(tmp_path / "rounds"), what_matters(played[0])
     for what in theirs:
         assert ours[what] == theirs[what], what
-
-
-def killed_when(phase: str, arguments: list[str]) -> None:
-    """Run until a line says so, then kill the driver and whatever it started."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", "train", "quickstart", *arguments],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    said: list[str] = []
-    for line in process.stdout:
-        said.append(line)
-        if phase in line:
-            break
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=30)
-    assert phase in said[-1], "".join(said)

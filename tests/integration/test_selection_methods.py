@@ -2,51 +2,26 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.integration.test_train import metrics_of, rondo
+from tests.rondo_process import rondo, signalled_when, train_tiny, untimed
 from tests.tiny_run import tiny_overrides
 
-ROOT = Path(__file__).parents[2]
 SAMPLES = ("rollout.prompts_per_iteration=8", "rollout.samples_per_prompt=4")
-TIMED = ("time/", "busy/", "sync/seconds", "rollout/tokens_per_s")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def train(directory: Path, *overrides: str) -> Path:
-    """Train as a user would; return the run's directory."""
-    done = rondo("train", "quickstart", *tiny_overrides(directory, *overrides, *SAMPLES), timeout_s=590)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return directory / "tiny"
-
-
-def untimed(run: Path) -> list[dict[str, Any]]:
-    return [{name: value for name, value in line.items() if not name.startswith(TIMED)} for line in metrics_of(run)]
+    return train_tiny(directory, *overrides, *SAMPLES)
 
 
 def stopped_when(directory: Path, said: str, *overrides: str) -> None:
-    """Train until the run says something, and stop it there."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", "train", "quickstart", *tiny_overrides(directory, *overrides, *SAMPLES)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    seen: list[str] = []
-    for line in process.stdout:
-        seen.append(line)
-        if said in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait(timeout=120) == 75, "".join(seen) + rest
+    arguments = ["train", "quickstart", *tiny_overrides(directory, *overrides, *SAMPLES)]
+    code, output = signalled_when(said, arguments, signal.SIGTERM)
+    assert code == 75, output
 
 
 def test_dpo_trains_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -10,26 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.rondo_process import ROOT, metrics_of, rondo
 from tests.tiny_run import tiny_overrides
-
-ROOT = Path(__file__).parents[2]
-
-
-def rondo(*arguments: str, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user would, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def metrics_of(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
