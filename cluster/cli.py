@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.exceptions
@@ -137,15 +137,18 @@ def _overrides(context: typer.Context) -> list[str]:
 def _train(
     config: RunConfig, *, dry_run: bool, verbose: bool, faults: Sequence[str] = (), trust_checkpoint: bool = False
 ) -> None:
+    made: Sequence[Any] = ()
+    if faults:
+        from cluster.faults import parse
+
+        made = [parse(text) for text in faults]
     if dry_run:
         from cluster.plan import render
 
         _console.print(render(config))
         return
-    from cluster import faults as on_purpose
     from cluster.launch import train as run
 
-    made = [on_purpose.parse(text) for text in faults]
     run(config, _console, verbose=verbose, faults=made, trust_checkpoint=trust_checkpoint)
 
 

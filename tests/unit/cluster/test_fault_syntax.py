@@ -12,6 +12,7 @@ import pytest
 
 from cluster.faults import InjectedError, fail, parse
 from protocol.errors import UserError
+from tests.command_line import assert_refused, command
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,10 @@ def test_role_place_state_and_iteration_are_read() -> None:
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is no fault"):
         parse(text)
+
+
+def test_a_dry_run_refuses_it_too() -> None:
+    assert_refused(command("train", "quickstart", "--fault", "bogus", "--dry-run"), "'bogus' is no fault")
 
 
 def test_a_slow_process_runs_on_and_uses_a_part_of_the_time() -> None:
