@@ -237,7 +237,7 @@ class LearnerGroup:
         """Run a long stage on all ranks and pass rank 0's progress on."""
         deadline = monotonic() + self._deadlines.stage_s
         standstill = Standstill(self._deadlines, what)
-        silence = {"deadline_s": self._deadlines.silence_s, "key": "cluster.deadlines.silence_s"}
+        silence: dict[str, Any] = {"deadline_s": self._deadlines.silence_s, "key": "cluster.deadlines.silence_s"}
         with self.one_fate(what):
             refs = [getattr(rank, method).remote(*args, **kwargs) for rank in self._ranks]
             pending = list(refs)
@@ -245,12 +245,12 @@ class LearnerGroup:
                 if monotonic() > deadline:
                     raise DeadlineError(f"{what}: not finished within cluster.deadlines.stage_s")
                 done, pending = ray.wait(pending, num_returns=len(pending), timeout=_POLL_S)
-                wait(done, deadline_s=self._deadlines.silence_s, what=what, key="cluster.deadlines.stage_s")
+                wait(done, what=what, **silence)
                 if pending:
                     states = wait([rank.status.remote() for rank in self._ranks], what=f"{what}: status", **silence)
                     progress(what, states[0])
                     standstill.look(states)
-            return wait(refs[:1], deadline_s=self._deadlines.silence_s, what=what, key="cluster.deadlines.stage_s")[0]
+            return wait(refs[:1], what=what, **silence)[0]
 
 
 class Standstill:
@@ -281,8 +281,8 @@ class Standstill:
         """
         seen = [(state["state"], state["progress"].get("step"), state["beats"]) for state in states]
         if seen != self._seen:
-            stepping = all(0 < s["progress"].get("step", 0) < s["progress"]["steps"] for s in states if s["progress"])
-            stepping = stepping and all(state["progress"] for state in states)
+            reports = [state["progress"] for state in states]
+            stepping = all(report and 0 < report.get("step", 0) < report["steps"] for report in reports)
             if stepping and self._stepping:
                 self._measured.measured("learn", self._what, seconds=monotonic() - self._since)
             self._seen, self._since, self._stepping = seen, monotonic(), stepping

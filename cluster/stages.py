@@ -20,7 +20,7 @@ from cluster.evaluation import Evaluation
 from cluster.incident_log import IncidentLog
 from cluster.learner_group import Progress
 from cluster.lineage import Artefact
-from cluster.losses import LostBatches
+from cluster.lost_batches import LostBatches
 from cluster.prompts import PromptSource, PromptStream
 from cluster.ranking import Ranking
 from cluster.refresh import Refresh
