@@ -257,9 +257,7 @@ def _cache_bytes(vllm_config: VllmConfig, config: RolloutConfig) -> int:
     return min(int(config.kv_cache_gib * _GIB), blocks * block * token_bytes)
 
 
-def _engine_args(
-    model_path: str, config: RolloutConfig, backend: Backend, adapter_args: dict[str, Any]
-) -> EngineArgs:
+def _engine_args(model_path: str, config: RolloutConfig, backend: Backend, adapter_args: dict[str, Any]) -> EngineArgs:
     context = context_tokens(config)
     transfer = weight_receiver.BUCKETS
     return EngineArgs(

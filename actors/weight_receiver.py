@@ -251,8 +251,9 @@ def put_on_adapter(worker: Any) -> None:
 def parameter_checksum(worker: Any) -> int:
     """Sum the bit patterns of a rank's parameters and adapter, each storage once (protocol.weights.checksum).
 
-    Padded rows of a vocabulary, and ranks of an adapter, are zeros and add nothing; rotary caches are buffers and are left out. With tensor
-    parallelism the ranks' sums add up to the whole: what every rank holds in full counts on the first one.
+    Padded rows of a vocabulary and ranks of an adapter are zeros and add nothing; rotary caches are buffers and are
+    left out. With tensor parallelism the ranks' sums add up to the whole: what every rank holds in full counts on the
+    first one.
     """
     return checksum(_parameter_bytes(worker.get_model(), rank=worker.rank))
 

@@ -1,11 +1,9 @@
 """A real vLLM engine that holds the base and is sent the adapter alone: what it computes with, and what it refuses."""
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,7 +12,7 @@ from configs.models import LoraConfig, TrainedPartConfig
 from configs.rollout import RolloutConfig
 from learner import adapters, export, weight_sender
 from protocol.messages import Rollout
-from protocol.weights import ByteArray, WeightManifest, digest
+from protocol.weights import WeightManifest
 from tests.integration.test_adapter_engine import gap_to_adapter
 from tests.integration.test_rollout_engine import (
     CONFIG,
