@@ -1,4 +1,4 @@
-"""Two rounds with adapters on the real stack: policy, critic and reward model, published either way and gone on from."""
+"""Two rounds with adapters on the real stack: policy, critic and reward model, published both ways and gone on from."""
 
 import json
 import os
