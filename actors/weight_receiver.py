@@ -227,7 +227,7 @@ def put_on_adapter(worker: Any) -> None:
     vLLM takes every adapter off when a weight update is finished, so this comes after it.
 
     Raises:
-        WeightMismatchError: If the half of a layer's pair did not come.
+        WeightMismatchError: If half of a layer's pair did not come, or vLLM would leave a layer out.
     """
     tensors = worker.worker.weight_transfer_engine.take_adapter()
     layers = {name.removesuffix(".lora_A.weight"): t.shape[0] for name, t in tensors.items() if ".lora_A." in name}
@@ -245,6 +245,10 @@ def put_on_adapter(worker: Any) -> None:
         weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
     )
     manager.add_adapter(adapter)
+    if unknown := sorted(adapter.loras.keys() - manager.modules.keys()):
+        raise WeightMismatchError(
+            f"vLLM adapts no layer {', '.join(unknown)}: rollout.publish = merged is what is left"
+        )
     manager.activate_adapter(ADAPTER_ID)
 
 
