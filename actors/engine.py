@@ -13,12 +13,14 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from vllm.config import VllmConfig, WeightTransferConfig
+from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import FlatLogprobs
+from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -27,6 +29,7 @@ from actors import weight_receiver
 from actors.environment import Backend, environment
 from actors.errors import EngineFailedError
 from actors.sampling import EngineOutput, SamplingPlan, check_requests, context_tokens, plan_sampling, to_rollout
+from configs.models import LoraConfig
 from configs.rollout import RolloutConfig
 from protocol.messages import Rollout, RolloutRequest
 from protocol.weights import ByteArray, Rendezvous, WeightManifest
@@ -34,18 +37,24 @@ from protocol.weights import ByteArray, Rendezvous, WeightManifest
 _GIB = 2**30
 # Prompt tokens that one step may take in on a CPU; a longer context raises it.
 _STEP_TOKENS = 4096
+# vLLM wants a path; nothing lies there, so an adapter that is not in memory is an error.
+_ADAPTER = LoRARequest("adapter", weight_receiver.ADAPTER_ID, "/in/memory/only")
 
 
 class VLLMEngine:
     """A policy that samples responses, and whose weights can be replaced and proved."""
 
-    def __init__(self, model_path: str, config: RolloutConfig, *, backend: Backend = "cpu") -> None:
+    def __init__(
+        self, model_path: str, config: RolloutConfig, *, backend: Backend = "cpu", adapter: LoraConfig | None = None
+    ) -> None:
         """Load a policy.
 
         Args:
             model_path: A Hugging Face directory or hub id, with its tokenizer.
             config: Sampling, sizes and threads.
             backend: Where to compute.
+            adapter: What `load` brings, with the names of its layers: an adapter of this shape, for the policy that is
+                loaded here and stays. None: it brings all weights.
 
         Raises:
             RuntimeError: If the process was started without `environment(config, backend)`.
@@ -53,7 +62,10 @@ class VLLMEngine:
         """
         _check_environment(config, backend)
         self._config = config
-        self._engine = _build(model_path, config, backend)
+        self._engine = _build(model_path, config, backend, adapter)
+        self._takes_adapters = adapter is not None
+        self._adapter: LoRARequest | None = None
+        """What requests are sampled with; None as long as that is the policy which was loaded at the start."""
         self._num_added = 0
         self._failed = False
         self.steps = 0
@@ -174,6 +186,8 @@ class VLLMEngine:
             self._engine.collective_rpc("shutdown_weight_transfer_engine")
 
     def _replace(self, manifest: WeightManifest, fetch: Callable[[int], ByteArray | None]) -> None:
+        if self._takes_adapters:
+            self._adapter = _ADAPTER  # also after an error: without it nothing can be sampled then
         self._engine.collective_rpc("start_weight_update")
         try:
             for bucket, num_bytes in enumerate(manifest.bucket_bytes):
@@ -185,19 +199,21 @@ class VLLMEngine:
                 }
                 self._engine.collective_rpc("update_weights", args=(update,))
             self._engine.collective_rpc("finish_weight_update")
+            if self._takes_adapters:
+                self._engine.collective_rpc(weight_receiver.put_on_adapter)
         except BaseException:
             self._engine.collective_rpc(weight_receiver.abandon_update)
             raise
         self._engine.reset_prefix_cache()
 
     def checksum(self) -> int:
-        """Sum the bit patterns of the parameters that are computed with, each storage once."""
+        """Sum the bit patterns of the parameters and the adapter that are computed with, each storage once."""
         return sum(self._engine.collective_rpc(weight_receiver.parameter_checksum)) % 2**64
 
     def _add(self, token_ids: list[int], params: SamplingParams) -> str:
         self._num_added += 1
         request_id = str(self._num_added)
-        self._engine.add_request(request_id, tokens_input(token_ids), params)
+        self._engine.add_request(request_id, tokens_input(token_ids), params, lora_request=self._adapter)
         return request_id
 
     def _step(self) -> list[tuple[str, RequestOutput]]:
@@ -220,10 +236,11 @@ def _check_environment(config: RolloutConfig, backend: Backend) -> None:
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
 
-def _build(model_path: str, config: RolloutConfig, backend: Backend) -> LLMEngine:
+def _build(model_path: str, config: RolloutConfig, backend: Backend, adapter: LoraConfig | None) -> LLMEngine:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
-        vllm_config = _engine_args(model_path, config, backend).create_engine_config()
+        args = _engine_args(model_path, config, backend, {} if adapter is None else _adapter_args(adapter))
+        vllm_config = args.create_engine_config()
         if backend == "cpu":
             vllm_config.cache_config.kv_cache_memory_bytes = _cache_bytes(vllm_config, config)
         return LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
@@ -240,7 +257,7 @@ def _cache_bytes(vllm_config: VllmConfig, config: RolloutConfig) -> int:
     return min(int(config.kv_cache_gib * _GIB), blocks * block * token_bytes)
 
 
-def _engine_args(model_path: str, config: RolloutConfig, backend: Backend) -> EngineArgs:
+def _engine_args(model_path: str, config: RolloutConfig, backend: Backend, adapter_args: dict[str, Any]) -> EngineArgs:
     context = context_tokens(config)
     transfer = weight_receiver.BUCKETS
     return EngineArgs(
@@ -259,7 +276,19 @@ def _engine_args(model_path: str, config: RolloutConfig, backend: Backend) -> En
         weight_transfer_config=WeightTransferConfig(backend=transfer),
         use_tqdm_on_load=False,
         **(_cpu_args(context) if backend == "cpu" else _cuda_args(config)),
+        **adapter_args,
     )
+
+
+def _adapter_args(adapter: LoraConfig) -> dict[str, Any]:
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        # vLLM knows some ranks only, and fills a smaller one up with zeros.
+        "max_lora_rank": min(rank for rank in get_args(MaxLoRARanks) if rank >= adapter.rank),
+        # Without names it would adapt the head as well, and compute the canary's prompt wrongly.
+        "lora_target_modules": list(adapter.target_modules or ()),
+    }
 
 
 def _cpu_args(context: int) -> dict[str, Any]:

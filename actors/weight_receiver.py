@@ -5,6 +5,9 @@ model's own loader, which concatenates, pads and shards them. A bucket is handed
 object store, or comes over a broadcast group that every rank of the engine has joined. It is registered with vLLM under
 the name `rondo_buckets`.
 
+An engine that was built for an adapter holds the base for good, and each bucket brings tensors of the adapter. They are
+kept until all are there; `put_on_adapter` then gives them to vLLM's LoRA layers, which hold nothing else.
+
 On a CPU vLLM repacks the weights of linear layers for oneDNN and drops the originals. What is then computed with can
 neither be summed nor be told apart from stale copies: a tied head that was not sent by name keeps its old packed copy
 without any error. `VISIBLE_WEIGHTS` is a "quantisation" that changes and packs nothing: the parameter is what the layer
@@ -26,6 +29,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -38,6 +44,8 @@ from protocol.weights import ByteArray, Rendezvous, TensorSlot, checksum, digest
 
 BUCKETS = "rondo_buckets"
 VISIBLE_WEIGHTS = "rondo_visible_weights"
+ADAPTER_ID = 1
+"""Of the one adapter that an engine holds."""
 
 
 @dataclass
@@ -69,6 +77,8 @@ class BucketReceiver(WeightTransferEngine[Invitation, BucketUpdate]):
     init_info_cls = Invitation
     update_info_cls = BucketUpdate
     _group: broadcast.Group | None = None
+    _adapter: dict[str, Tensor] | None = None
+    """What has come of an adapter; None in an engine that takes whole checkpoints."""
 
     def init_transfer_engine(self, init_info: Invitation) -> None:
         """Join a broadcast; buckets that are handed over need no connection.
@@ -86,8 +96,11 @@ class BucketReceiver(WeightTransferEngine[Invitation, BucketUpdate]):
         )
 
     def start_weight_update(self) -> None:
-        """Make the model expect a whole checkpoint."""
-        initialize_layerwise_reload(self.model)
+        """Make the model expect a whole checkpoint, or begin an adapter."""
+        if self.vllm_config.lora_config is None:
+            initialize_layerwise_reload(self.model)
+        else:
+            self._adapter = {}
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Load one bucket (the base class would wait for an accelerator even on a CPU)."""
@@ -106,7 +119,11 @@ class BucketReceiver(WeightTransferEngine[Invitation, BucketUpdate]):
         actual = digest(flat.cpu().numpy())
         if actual != update_info.digest:
             raise WeightMismatchError(f"a bucket has the digest {actual}, the manifest says {update_info.digest}")
-        cast(Any, self.model).load_weights(_tensors(flat, update_info.slots))
+        tensors = _tensors(flat, update_info.slots)
+        if self._adapter is None:
+            cast(Any, self.model).load_weights(tensors)
+        else:  # the bucket is not kept
+            self._adapter |= {name: tensor.to("cpu", copy=True) for name, tensor in tensors}
 
     def finish_weight_update(self) -> None:
         """Leave the broadcast together with the others, and put the model back into its running form.
@@ -117,7 +134,13 @@ class BucketReceiver(WeightTransferEngine[Invitation, BucketUpdate]):
         group, self._group = self._group, None
         if group is not None:
             group.finish()
-        finalize_layerwise_reload(self.model, self.model_config)
+        if self._adapter is None:
+            finalize_layerwise_reload(self.model, self.model_config)
+
+    def take_adapter(self) -> dict[str, Tensor]:
+        """Hand out the adapter that has come; an update that fails leaves nothing behind."""
+        adapter, self._adapter = self._adapter or {}, {}
+        return adapter
 
     def shutdown(self) -> None:
         """Leave the broadcast, if there is one, without waiting for the others."""
@@ -198,11 +221,43 @@ def abandon_update(worker: Any) -> None:
     worker.worker.finish_weight_update()
 
 
-def parameter_checksum(worker: Any) -> int:
-    """Sum the bit patterns of a rank's parameters, each storage once (protocol.weights.checksum).
+def put_on_adapter(worker: Any) -> None:
+    """Compute with the adapter that has come from now on, and with nothing of the one before.
 
-    Padded rows of a vocabulary are zeros and add nothing; rotary caches are buffers and are left out. With tensor
-    parallelism the ranks' sums add up to the whole: what every rank holds in full counts on the first one.
+    vLLM takes every adapter off when a weight update is finished, so this comes after it.
+
+    Raises:
+        WeightMismatchError: If half of a layer's pair did not come, or vLLM would leave a layer out.
+    """
+    tensors = worker.worker.weight_transfer_engine.take_adapter()
+    layers = {name.removesuffix(".lora_A.weight"): t.shape[0] for name, t in tensors.items() if ".lora_A." in name}
+    if set(tensors) != {f"{layer}.lora_{part}.weight" for layer in layers for part in "AB"} or not layers:
+        raise WeightMismatchError(f"{len(tensors)} tensors came that are not the A and B of {len(layers)} layers")
+    rank = max(layers.values())
+    manager = worker.worker.model_runner.lora_manager._adapter_manager
+    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+    adapter = LoRAModel.from_lora_tensors(
+        ADAPTER_ID,
+        tensors,
+        PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),  # a factor of one: B is sent multiplied
+        device="cpu",
+        dtype=manager.lora_config.lora_dtype,
+        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+    )
+    manager.add_adapter(adapter)
+    if unknown := sorted(adapter.loras.keys() - manager.modules.keys()):
+        raise WeightMismatchError(
+            f"vLLM adapts no layer {', '.join(unknown)}: rollout.publish = merged is what is left"
+        )
+    manager.activate_adapter(ADAPTER_ID)
+
+
+def parameter_checksum(worker: Any) -> int:
+    """Sum the bit patterns of a rank's parameters and adapter, each storage once (protocol.weights.checksum).
+
+    Padded rows of a vocabulary and ranks of an adapter are zeros and add nothing; rotary caches are buffers and are
+    left out. With tensor parallelism the ranks' sums add up to the whole: what every rank holds in full counts on the
+    first one.
     """
     return checksum(_parameter_bytes(worker.get_model(), rank=worker.rank))
 
@@ -231,5 +286,14 @@ def _parameter_bytes(model: torch.nn.Module, *, rank: int) -> Iterator[tuple[Byt
         if pointer in seen or (rank > 0 and not sharded):
             continue
         seen.add(pointer)
-        flat = parameter.detach().cpu().contiguous().reshape(-1)
-        yield flat.view(torch.uint8).numpy().astype(np.uint8, copy=False), parameter.element_size()
+        yield _bytes_of(parameter)
+    for layer in model.modules():
+        if isinstance(layer, BaseLayerWithLoRA):
+            # All there is in the layer's one place, whatever came: what an adapter before left behind would count too.
+            for stacked in (*layer.lora_a_stacked, *layer.lora_b_stacked):
+                yield _bytes_of(stacked)
+
+
+def _bytes_of(tensor: Tensor) -> tuple[ByteArray, int]:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().astype(np.uint8, copy=False), tensor.element_size()

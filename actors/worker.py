@@ -17,6 +17,7 @@ import ray
 
 from actors.environment import Backend, environment
 from actors.errors import EngineFailedError, StaleWeightsError, WeightMismatchError
+from configs.models import LoraConfig
 from configs.rollout import RolloutConfig
 from protocol.messages import Rollout, RolloutMeta, RolloutRequest
 from protocol.weights import ByteArray, Canary, Rendezvous, VersionProof, WeightManifest
@@ -46,7 +47,14 @@ class RolloutWorker:
     """One vLLM engine and the version of the policy that it can prove."""
 
     def __init__(
-        self, *, name: str, model_path: str, config: RolloutConfig, backend: Backend, policy_version: int | None
+        self,
+        *,
+        name: str,
+        model_path: str,
+        config: RolloutConfig,
+        backend: Backend,
+        policy_version: int | None,
+        adapter: LoraConfig | None = None,
     ) -> None:
         """Build the engine.
 
@@ -56,13 +64,14 @@ class RolloutWorker:
             config: Sampling, sizes and threads.
             backend: Where to compute.
             policy_version: The version that the directory holds; None if nothing may be sampled before a `load`.
+            adapter: As VLLMEngine has it.
         """
         # vLLM takes seconds to import, and the driver imports this module to describe the actor.
         from actors.engine import VLLMEngine
 
         self._name = name
         self._config = config
-        self._engine = VLLMEngine(model_path, config, backend=backend)
+        self._engine = VLLMEngine(model_path, config, backend=backend, adapter=adapter)
         self._policy_version = policy_version
         self._state: WorkerState = "idle"
         self._failure: str | None = None

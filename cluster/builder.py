@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from actors import worker as rollout_worker
-from cluster import placement
+from cluster import placement, trained_parts
 from cluster.elastic import Elastic, Surroundings
 from cluster.learner_group import LearnerGroup
 from cluster.placement import Placement
@@ -12,6 +12,7 @@ from cluster.rollout_pool import RolloutPool
 from cluster.run_directory import RunDirectory
 from cluster.scoring_pool import ScoringPool
 from cluster.supervision import Handle
+from configs.models import LoraConfig
 from configs.rollout import RolloutConfig
 from configs.run import RunConfig
 from learner import worker as learner_worker
@@ -63,7 +64,9 @@ class Builder:
     def pools(self) -> tuple[RolloutPool, ScoringPool]:
         """Start the rollout and scoring workers and wait until they have loaded their models."""
         config = self._config
-        rollouts = self._rollouts(config.rollout, str(self._directory.policy(0)), follow=self._elastic)
+        rollouts = self._rollouts(
+            config.rollout, str(self._directory.policy(0)), follow=self._elastic, adapter=self._adapter()
+        )
         places = self._groups.of("scoring")
         rewards = places.part(0, config.scoring.workers)
         references = places.part(config.scoring.workers, config.scoring.reference_workers)
@@ -100,8 +103,21 @@ class Builder:
             self._nodes = present
             write_json(self._directory.workers, present)
 
+    def _adapter(self) -> LoraConfig | None:
+        """Describe the adapters that the rollout workers are sent, on version 0; none where weights are sent merged."""
+        lora = self._config.models.policy.train.lora
+        if lora is None or self._config.rollout.publish == "merged":
+            return None
+        names = lora.target_modules or tuple(sorted(trained_parts.linear_layers(self._directory.policy(0))))
+        return lora.model_copy(update={"target_modules": names})
+
     def _rollouts(
-        self, rollout: RolloutConfig, model: str, *, follow: Callable[[Pool], Elastic] | None = None
+        self,
+        rollout: RolloutConfig,
+        model: str,
+        *,
+        follow: Callable[[Pool], Elastic] | None = None,
+        adapter: LoraConfig | None = None,
     ) -> RolloutPool:
         config = self._config
         places = self._groups.of("rollout")
@@ -111,7 +127,14 @@ class Builder:
             return (
                 rollout_worker.remote_class()
                 .options(**places.options(index), runtime_env={"env_vars": environment})
-                .remote(name=name, model_path=model, config=rollout, backend=config.cluster.backend, policy_version=0)
+                .remote(
+                    name=name,
+                    model_path=model,
+                    config=rollout,
+                    backend=config.cluster.backend,
+                    policy_version=0,
+                    adapter=adapter,
+                )
             )
 
         return RolloutPool(

@@ -36,7 +36,7 @@ def check(models: ModelsConfig) -> None:
                     next_step=f"name at most {count}",
                 )
         wanted = None if train.lora is None else train.lora.target_modules
-        unknown = sorted(set(wanted) - (layers := _layers(path))) if wanted else []
+        unknown = sorted(set(wanted) - (layers := linear_layers(path))) if wanted else []
         if unknown:
             raise UserError(
                 f"{', '.join(unknown)} matches no layer in the blocks of {path}",
@@ -59,10 +59,16 @@ def _networks(models: ModelsConfig) -> Iterator[tuple[str, TrainedPartConfig, Pa
             yield name, train, Path(source)
 
 
-def _layers(directory: Path) -> set[str]:
+def linear_layers(directory: Path) -> set[str]:
+    """Name the linear layers in the blocks of a network: those whose weights are matrices.
+
+    Args:
+        directory: The network's, with its weights as safetensors.
+    """
     found: set[str] = set()
     for path in directory.glob("*.safetensors"):
         with safe_open(path, framework="np") as file:
-            matches = [_IN_A_BLOCK.search(name) for name in file.keys()]  # noqa: SIM118
+            matrices = [name for name in file.keys() if len(file.get_slice(name).get_shape()) == 2]  # noqa: SIM118
+            matches = [_IN_A_BLOCK.search(name) for name in matrices]
             found |= {match[1] for match in matches if match}
     return found

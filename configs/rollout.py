@@ -62,6 +62,10 @@ class RolloutConfig(Section):
     """How published weights travel: through Ray's object store, or by a broadcast from the learner's first rank to all
     ranks of all engines (gloo on a CPU, NCCL on CUDA). Whoever misses a broadcast loads from the object store. The NCCL
     branch has never run on a GPU (docs/adr/0006)."""
+    publish: Literal["merged", "adapter"] = "merged"
+    """What is sent of a policy that is trained with `models.policy.train.lora`: all its weights, the adapter added to
+    them; or the adapter alone, which engines that hold the base (`policies/v000`) add to it with vLLM's LoRA support.
+    The adapter is sent faster and sampled with more slowly (docs/adapters.md)."""
     logprob_gap_bound: NonNegativeFloat = 1e-3
     """Largest allowed gap, in nats, between the engine's and the learner's log-prob of the canary's tokens after a
     publish. bfloat16 needs about 0.1."""

@@ -27,6 +27,9 @@ from configs.rounds import RoundsConfig
 from configs.scoring import HELDOUT, HTTPRewardConfig, ModelRewardConfig, ScoringConfig
 from configs.tracking import TrackingConfig
 
+_MAX_SERVED_RANK = 512
+"""The largest rank of an adapter that vLLM serves."""
+
 
 class RunSection(Section):
     """What the run is called, where it is kept, and its seed."""
@@ -295,6 +298,27 @@ class RunConfig(Section):
             raise ValueError(
                 f"algorithm.kl_controller.horizon_episodes = {horizon} is too short for {responses} responses an "
                 "iteration: one update could take kl_beta to zero"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_can_be_published(self) -> Self:
+        lora, rollout = self.models.policy.train.lora, self.rollout
+        if rollout.publish == "merged":
+            return self
+        if lora is None:
+            raise ValueError(
+                "rollout.publish = adapter, but the policy has none: set models.policy.train.lora, or publish = merged"
+            )
+        if lora.rank > _MAX_SERVED_RANK:
+            raise ValueError(
+                f"rollout.publish = adapter: vLLM serves adapters up to rank {_MAX_SERVED_RANK}, and "
+                f"models.policy.train.lora.rank is {lora.rank}: use publish = merged, or a smaller rank"
+            )
+        if rollout.tensor_parallel > 1 or rollout.weight_transfer == "collective":
+            raise ValueError(
+                "rollout.publish = adapter is proven for engines of one rank that load from the object store: use "
+                "rollout.tensor_parallel = 1 and weight_transfer = object_store, or publish = merged"
             )
         return self
 

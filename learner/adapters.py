@@ -4,6 +4,7 @@
 
 Whoever loads a policy without knowing of adapters gets merged weights, W + s B A. They are computed from what is
 gathered, never in place, so that the trained tensors stay as they are and the same ones always give the same bits.
+An engine that holds the base and knows of adapters gets A and s B alone.
 """
 
 import os
@@ -23,6 +24,7 @@ from configs.models import LoraConfig, TrainedPartConfig
 from learner.models import PolicyModel, Precision, ScalarModel, TrainedModel, load_policy
 from learner.training import GatherableNetwork, RankContext
 from protocol.errors import UserError
+from protocol.weights import checksum
 
 DIRECTORY = "adapter"
 """Where an exported model keeps its adapter, beside the merged weights."""
@@ -103,19 +105,13 @@ def merged(engine: GatherableNetwork) -> GatherableNetwork:
     return Merged(engine) if _layers(engine.module) else engine
 
 
-class Merged:
-    """A network with an adapter, whose parameters are gathered as W + s B A.
+class _View:
+    """A network with an adapter, seen as another one."""
 
-    Args:
-        engine: Over a TrainedModel.
-    """
-
-    def __init__(self, engine: GatherableNetwork) -> None:
+    def __init__(self, engine: GatherableNetwork, gathered_as: Mapping[str, str]) -> None:
         self._engine = engine
         self._layers = _layers(engine.module)
-        self._gathered_as = {
-            name.replace(".base_layer.", "."): name for name in engine.parameter_shapes() if ".lora_" not in name
-        }
+        self._gathered_as = gathered_as
 
     @property
     def context(self) -> RankContext:
@@ -132,9 +128,20 @@ class Merged:
         return self._engine.evaluate(*args, **kwargs)
 
     def parameter_shapes(self) -> Mapping[str, torch.Size]:
-        """Give the shape of every parameter of the base, by the base's names."""
+        """Give the shape of every parameter that is seen, by its name there."""
         shapes = self._engine.parameter_shapes()
         return {name: shapes[source] for name, source in self._gathered_as.items()}
+
+
+class Merged(_View):
+    """A network with an adapter, whose parameters are gathered as W + s B A, by the names of its base.
+
+    Args:
+        engine: Over a TrainedModel.
+    """
+
+    def __init__(self, engine: GatherableNetwork) -> None:
+        super().__init__(engine, {name.replace(".base_layer.", "."): name for name in _base_names(engine)})
 
     @torch.no_grad()
     def gather(self, names: Sequence[str]) -> Mapping[str, Tensor]:
@@ -152,6 +159,46 @@ class Merged:
         update = layer.scaling[_NAME] * (found[b].float() @ found[a].float())
         weight = found[source]
         return (weight.float() + (update.T if layer.fan_in_fan_out else update)).to(weight.dtype)
+
+
+class Alone(_View):
+    """The adapter of a network without its base, as an engine takes it that holds the base: A and s B.
+
+    The factor is in what is sent, so that the bits which are sent are those which are computed with.
+
+    Args:
+        engine: Over a PolicyModel with an adapter.
+    """
+
+    def __init__(self, engine: GatherableNetwork) -> None:
+        names = [name for name in engine.parameter_shapes() if ".lora_" in name]
+        super().__init__(engine, {name.replace(f".{_NAME}.", "."): name for name in names})
+        self._base_checksums: dict[torch.dtype, int] = {}
+
+    @torch.no_grad()
+    def gather(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Collect A and s B on every rank; s B is computed in fp32 and left so, to be rounded once."""
+        sources = {name: self._gathered_as[name] for name in names}
+        found = self._engine.gather(list(sources.values()))
+        return {name: self._scaled(source, found[source]) for name, source in sources.items()}
+
+    def base_checksum(self, dtype: torch.dtype) -> int:
+        """Sum the base's bit patterns, each storage once; on all ranks. It is frozen, and gathered only once.
+
+        Args:
+            dtype: What engines hold it in.
+        """
+        if dtype not in self._base_checksums:
+            gathered = (self._engine.gather([name])[name] for name in _base_names(self._engine))
+            self._base_checksums[dtype] = checksum(
+                (tensor.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy(), dtype.itemsize)
+                for tensor in gathered
+            )
+        return self._base_checksums[dtype]
+
+    def _scaled(self, source: str, tensor: Tensor) -> Tensor:
+        layer, _, part = source.removesuffix(f".{_NAME}.weight").rpartition(".")
+        return tensor if part == "lora_A" else self._layers[layer].scaling[_NAME] * tensor.float()
 
 
 def write(model: TrainedModel, tensors: Mapping[str, Tensor], directory: Path) -> None:
@@ -276,6 +323,10 @@ def _relative(base: str, target: Path) -> str:
 
 def _trunk(network: Any) -> Any:
     return network.base_model
+
+
+def _base_names(engine: GatherableNetwork) -> list[str]:
+    return [name for name in engine.parameter_shapes() if ".lora_" not in name]
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from learner.comparisons import RewardModelJob
 from learner.engine import DeepSpeedEngine
 from learner.experience import PassSettings
 from learner.export import export_policy, padding_id
-from learner.models import ScalarModel, load_critic, load_policy, load_scalar, scalar_from_policy
+from learner.models import PolicyModel, ScalarModel, load_critic, load_policy, load_scalar, scalar_from_policy
 from learner.pretraining import load_texts
 from learner.selection_update import SelectionSettings, SelectionUpdater
 from learner.stored_policy import StoredPolicy
 from learner.supervised_loop import StageContext, beating, context_tokens, layout_of, stage_seed
-from learner.training import RankContext
+from learner.training import GatherableNetwork, RankContext
 from learner.trust import found_mismatch, require_version
 from learner.update import Updater, UpdateSettings
 from protocol import incidents
@@ -63,6 +63,7 @@ class Rank:
         self._config = config
         self._incidents = run_directory / "incidents"
         self._updater: AnyUpdater | None = None
+        self._published: GatherableNetwork | None = None  # the policy as it is sent
         self._tokenizer: Any = None
         self._batch: ScoredBatch | None = None
         self._kl_nats: Mapping[RolloutKey, float] = {}
@@ -81,7 +82,7 @@ class Rank:
         if self._updater is not None:
             for engine in self._updater.engines.values():
                 engine.close()
-        self._updater = None
+        self._updater = self._published = None
         self._standing = None
 
     def start_rl(self, *, policy: Path, reward_model: Path | None, iterations: int) -> None:
@@ -95,8 +96,7 @@ class Rank:
         self.finish_rl()
         config = self._config
         learner, algorithm = config.learner, config.algorithm
-        models, seed = config.models, stage_seed(config.run.seed, "adapter")
-        network = adapters.open_policy(policy, models.policy.train, precision=learner.precision, seed=seed)
+        models, network = config.models, self._open(policy)
         self._tokenizer = load_tokenizer(policy)
         steps = config.minibatches_per_epoch * algorithm.num_epochs
         policy_iterations = max(1, iterations - algorithm.warmup_iterations)
@@ -104,13 +104,14 @@ class Rank:
         critic = None
         if algorithm.has_critic:
             module = make_critic(config, policy=policy, reward_model=reward_model)
-            adapters.choose(module, models.critic.train, seed=seed, where="models.critic.train")
+            adapters.choose(module, models.critic.train, seed=self._adapter_seed, where="models.critic.train")
             critic = make(module, optimizer=learner.critic_optimizer, name="critic", total_steps=steps * iterations)
         layout = layout_of(network, learner)
         longest = min(context_tokens(network) or learner.micro_batch_tokens, learner.micro_batch_tokens)
         policy_engine = make(
             network, optimizer=learner.policy_optimizer, name="policy", total_steps=steps * policy_iterations
         )
+        self._published = self._as_published(policy_engine)
         passes = PassSettings(
             temperature=config.rollout.temperature,
             token_budget=learner.micro_batch_tokens,
@@ -180,7 +181,7 @@ class Rank:
     def publish(self, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
         """Publish the policy; rank 0 yields buckets and manifest, the others nothing."""
         yield from weight_sender.publish(
-            self._running().policy,
+            self._sent(),
             policy_version=policy_version,
             bucket_bytes=self._bucket_bytes,
             dtype=self._config.rollout.dtype,
@@ -203,8 +204,7 @@ class Rank:
             RuntimeError: If the policy is not that version any more.
         """
         slots = self._standing_slots(policy_version)
-        policy = self._running().policy
-        return weight_sender.broadcast(policy, slots, meeting, receivers=receivers, timeout_s=timeout_s)
+        return weight_sender.broadcast(self._sent(), slots, meeting, receivers=receivers, timeout_s=timeout_s)
 
     def buckets(self, policy_version: int) -> Iterator[ByteArray]:
         """Gather an announced version once more; rank 0 yields its buckets, the others nothing.
@@ -212,7 +212,7 @@ class Rank:
         Raises:
             RuntimeError: If the policy is not that version any more.
         """
-        for bucket in weight_sender.buckets(self._running().policy, self._standing_slots(policy_version)):
+        for bucket in weight_sender.buckets(self._sent(), self._standing_slots(policy_version)):
             if self.context.rank == 0:
                 yield bucket
 
@@ -220,9 +220,10 @@ class Rank:
         """Publish a policy that was exported before, under its own version; rank 0 does it alone."""
         if self.context.rank != 0:
             return
-        stored = StoredPolicy(load_policy(directory, precision=self._config.learner.precision), self.context)
+        alone = self._config.rollout.publish == "adapter"
+        policy = self._open(directory) if alone else load_policy(directory, precision=self._config.learner.precision)
         yield from weight_sender.publish(
-            stored,
+            self._as_published(StoredPolicy(policy, self.context)),
             policy_version=policy_version,
             bucket_bytes=self._bucket_bytes,
             dtype=self._config.rollout.dtype,
@@ -288,9 +289,24 @@ class Rank:
                 f"policy version {policy_version} cannot be sent again: the policy "
                 + ("has changed since it was published" if self._standing is None else f"is version {self._standing}")
             )
-        return weight_sender.plan(
-            self._running().policy, bucket_bytes=self._bucket_bytes, dtype=self._config.rollout.dtype
-        )
+        return weight_sender.plan(self._sent(), bucket_bytes=self._bucket_bytes, dtype=self._config.rollout.dtype)
+
+    @property
+    def _adapter_seed(self) -> int:
+        return stage_seed(self._config.run.seed, "adapter")
+
+    def _open(self, policy: Path) -> PolicyModel:
+        """Load a policy with what is trained of it; where it has no adapter yet, with one that adds nothing."""
+        train, precision = self._config.models.policy.train, self._config.learner.precision
+        return adapters.open_policy(policy, train, precision=precision, seed=self._adapter_seed)
+
+    def _as_published(self, policy: GatherableNetwork) -> GatherableNetwork:
+        return adapters.Alone(policy) if self._config.rollout.publish == "adapter" else policy
+
+    def _sent(self) -> GatherableNetwork:
+        if self._published is None:
+            raise RuntimeError("start_rl comes first")
+        return self._published
 
     def _running(self) -> AnyUpdater:
         if self._updater is None:

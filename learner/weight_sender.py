@@ -2,7 +2,7 @@
 
 Only one bucket's tensors are gathered at a time, so a publish never holds a second copy of the policy. Tied parameters
 are sent once, under the first of their names: an engine that ties them computes with that storage. What an adapter adds
-is sent as part of the weights that it is added to.
+is sent as part of the weights that it is added to; or by itself (`adapters.Alone`), to engines that hold its base.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.adapters import merged
+from learner.adapters import Alone, merged
 from learner.training import GatherableNetwork
 from protocol.broadcast import BroadcastError, Group, Meeting
 from protocol.weights import (
@@ -46,7 +46,7 @@ def specs(engine: GatherableNetwork, *, dtype: str) -> tuple[TensorSpec, ...]:
     itemsize = getattr(torch, dtype).itemsize
     return tuple(
         TensorSpec(name=name.removeprefix(_NETWORK_PREFIX), shape=tuple(shape), dtype=dtype, itemsize=itemsize)
-        for name, shape in merged(engine).parameter_shapes().items()
+        for name, shape in _as_sent(engine).parameter_shapes().items()
     )
 
 
@@ -74,7 +74,7 @@ def gathered(engine: GatherableNetwork, slots: Sequence[TensorSlot]) -> Iterator
     Yields:
         Each bucket's bytes: on rank 0 in full, elsewhere empty.
     """
-    network = merged(engine)
+    network = _as_sent(engine)
     for number, size in enumerate(bucket_sizes(slots)):
         own = [slot for slot in slots if slot.bucket == number]
         tensors = network.gather([_NETWORK_PREFIX + slot.spec.name for slot in own])
@@ -141,7 +141,7 @@ def publish(
     """Publish the policy; all ranks must iterate to the end.
 
     Args:
-        engine: Over a PolicyModel.
+        engine: Over a PolicyModel; `adapters.Alone` of it if engines hold the base.
         policy_version: The number of the new version.
         bucket_bytes: The bound on a bucket.
         dtype: As in `specs`.
@@ -151,7 +151,7 @@ def publish(
     """
     slots = plan(engine, bucket_bytes=bucket_bytes, dtype=dtype)
     digests: list[str] = []
-    total = 0
+    total = engine.base_checksum(getattr(torch, dtype)) if isinstance(engine, Alone) else 0
     first = engine.context.rank == 0
     for number, bucket in enumerate(buckets(engine, slots)):
         if first:
@@ -186,6 +186,10 @@ def sing(engine: GatherableNetwork) -> Canary:
     positions = torch.arange(_CANARY_TOKENS, device=engine.context.device)
     logprobs, _ = engine.evaluate(input_ids, positions[None], positions[:-1], input_ids[0, 1:], temperature=1.0)
     return Canary(token_ids=tuple(token_ids), logprobs=tuple(logprobs.tolist()))
+
+
+def _as_sent(engine: GatherableNetwork) -> GatherableNetwork:
+    return engine if isinstance(engine, Alone) else merged(engine)
 
 
 def _parts(bucket: ByteArray, slots: Sequence[TensorSlot]) -> Iterator[tuple[ByteArray, int]]:

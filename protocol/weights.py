@@ -1,14 +1,15 @@
 """Published weights: versions, bucket plans, manifests and fingerprints.
 
-A publish splits the policy into buckets of bounded size, in the order of its tensors. The manifest names every tensor
-and where it lies. Two checks travel with it:
+A publish splits the policy, or an adapter that engines add to a base, into buckets of bounded size, in the order of its
+tensors. The manifest names every tensor and where it lies. Two checks travel with it:
 
 - `bucket_digests`: XXH3-128 of each bucket's bytes. A receiver proves with it that it got what was sent. It guards
   against damage, not against an adversary (who could write to the object store could send other weights anyway), and
   keeps up with memory where SHA-256 would take 25 s for an 8B model.
 - `loaded_checksum`: the sum, modulo 2^64, of the unsigned bit patterns of all elements, each storage counted once. It
   does not change when an engine concatenates tensors (query, key and value, say), so a receiver proves with it that
-  what it now computes with is what the learner has. It cannot tell two swapped tensors apart; the canary can.
+  what it now computes with is what the learner has. It cannot tell two swapped tensors apart; the canary can. With an
+  adapter it is of all that is computed with: the base, which is not sent, and the adapter, which is.
 """
 
 import hashlib

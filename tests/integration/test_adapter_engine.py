@@ -51,7 +51,7 @@ def gap_to_adapter(engine: PlainEngine, rollouts: list[Rollout]) -> float:
         ids = torch.tensor([[*rollout.prompt.token_ids.tolist(), *rollout.response_ids.tolist()]])
         places = torch.arange(len(rollout.prompt.token_ids) - 1, ids.shape[1] - 1)
         found, _ = engine.evaluate(ids, torch.arange(ids.shape[1])[None], places, ids[0, places + 1])
-        gaps.append(float((found - torch.from_numpy(rollout.behavior_logprobs)).abs().max()))
+        gaps.append(float((found - torch.from_numpy(rollout.behavior_logprobs.copy())).abs().max()))
     return max(gaps)
 
 

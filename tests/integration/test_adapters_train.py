@@ -1,4 +1,4 @@
-"""Two rounds with adapters on the real stack: policy, critic and reward model, published merged and gone on from."""
+"""Two rounds with adapters on the real stack: policy, critic and reward model, published both ways and gone on from."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,9 @@ ADAPTERS = (
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_rounds_train_one_adapter_on_one_base(tmp_path: Path) -> None:
-    run = train_tiny(tmp_path, *ADAPTERS, timeout_s=890)
+@pytest.mark.parametrize("publish", ["merged", "adapter"])
+def test_two_rounds_train_one_adapter_on_one_base(publish: str, tmp_path: Path) -> None:
+    run = train_tiny(tmp_path, *ADAPTERS, f"rollout.publish={publish}", timeout_s=890)
     lines = metrics_of(run)
     assert len(lines) == 4
     for line in lines:
@@ -33,6 +34,11 @@ def test_two_rounds_train_one_adapter_on_one_base(tmp_path: Path) -> None:
     first, *later = sorted((run / "policies").iterdir())
     base = load_file(first / "model.safetensors")
     assert not (first / "adapter").exists()
+    whole = sum(weight.numel() * weight.element_size() for weight in base.values())
+    # Rank 4 in fp32, of two blocks with seven layers each, whose rows and columns add up to 832.
+    sent = {"merged": whole, "adapter": 2 * 4 * 832 * 4}[publish]
+    assert all(line["sync/bytes"] == pytest.approx(sent, rel=0.01) for line in lines)
+    assert publish == "merged" or whole > 10 * sent
     assert len(later) == 2
     for policy in later:
         settings = json.loads((policy / "adapter" / "adapter_config.json").read_text())

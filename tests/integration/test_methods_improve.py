@@ -1,4 +1,4 @@
-"""Every method learns in the quickstart's world by the line that names it, on the real stack: gold rises, or we say why."""
+"""Every method learns in the quickstart's world by the line that names it, on the real stack."""
 
 from pathlib import Path
 

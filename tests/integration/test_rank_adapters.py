@@ -42,11 +42,14 @@ def manifest_of(stream: Any) -> WeightManifest:
     return manifest
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_a_rank_learns_publishes_keeps_and_goes_on(stage: int, tmp_path: Path) -> None:
-    zero = f"learner.zero_stage={stage}"
+@pytest.mark.parametrize(("stage", "publish"), [(0, "merged"), (3, "merged"), (0, "adapter"), (3, "adapter")])
+def test_a_rank_learns_publishes_keeps_and_goes_on(stage: int, publish: str, tmp_path: Path) -> None:
+    overrides = (f"learner.zero_stage={stage}", f"rollout.publish={publish}")
     base = tiny_llama(tmp_path / "policies" / "v000", hidden=128)
-    rank = started(tmp_path, base, zero)
+    rank = started(tmp_path, base, *overrides)
+    first_version = manifest_of(rank.publish(0))
+    assert first_version == manifest_of(rank.publish_stored(0, base)), "the adapter begins as nothing"
+    rank.policy_version = 3  # the version that the batch says it was sampled by
     first = update(rank, 0).metrics
     assert first["policy/grad_norm"] > 0
     assert first["policy/first_minibatch_ratio_gap_max"] < 1e-5
@@ -65,14 +68,14 @@ def test_a_rank_learns_publishes_keeps_and_goes_on(stage: int, tmp_path: Path) -
     assert (stored.loaded_checksum, stored.bucket_digests) == (published.loaded_checksum, published.bucket_digests)
     assert stored.canary.logprobs == pytest.approx(published.canary.logprobs, abs=1e-4)
 
-    resumed = started(tmp_path, base, zero)
+    resumed = started(tmp_path, base, *overrides)
     resumed.load(kept)
     assert manifest_of(resumed.publish(3)) == published
     assert update(resumed, 1) == second
     resumed.finish_rl()
 
     # The next round: the same base, the same adapter, and so the same published bits.
-    following = started(tmp_path, exported, zero)
+    following = started(tmp_path, exported, *overrides)
     assert manifest_of(following.publish(3)) == published
     following.finish_rl()
 

@@ -28,7 +28,7 @@ def test_more_blocks_than_there_are(policy: Path, network: str) -> None:
     assert f"models.{network}.train.last_blocks = 3" in str(caught.value)
 
 
-@pytest.mark.parametrize("module", ["lm_head", "embed_tokens", "qkv", "proj"])
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens", "qkv", "proj", "input_layernorm"])
 def test_layers_that_match_nothing(policy: Path, module: str) -> None:
     def models(*modules: str) -> ModelsConfig:
         lora = {"lora": {"target_modules": modules}}
@@ -37,6 +37,11 @@ def test_layers_that_match_nothing(policy: Path, module: str) -> None:
     trained_parts.check(models("q_proj", "down_proj"))
     with pytest.raises(UserError, match=f"{module} matches no layer in the blocks"):
         trained_parts.check(models("q_proj", module))
+
+
+def test_linear_layers_are_those_in_the_blocks(policy: Path) -> None:
+    found = trained_parts.linear_layers(policy)
+    assert sorted(found) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
 def test_a_hub_id_is_left_to_whoever_loads_it() -> None:

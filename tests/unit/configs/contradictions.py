@@ -45,6 +45,7 @@ MALFORMED_OVERRIDES: tuple[tuple[str, str], ...] = (
 
 _HTTP = "models.critic.init=policy"
 _PPO = "algorithm.name=ppo"
+_ADAPTER = ("rollout.publish=adapter", "models.policy.train.lora.rank=512")
 _DPO = ("algorithm.name=dpo", "rollout.samples_per_prompt=2")
 _RFT = ("algorithm.name=rft", "rollout.samples_per_prompt=2")
 
@@ -140,6 +141,12 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("rollout.temperature=1e-300",), "rollout.temperature"),
     (("rollout.temperature=2.5",), "rollout.temperature"),
     (("rollout.tensor_parallel=2",), "needs cluster.backend = cuda"),
+    (("rollout.publish=base",), "rollout.publish"),
+    (("rollout.publish=adapter",), "the policy has none: set models.policy.train.lora"),
+    (("rollout.publish=adapter", "models.policy.train.last_blocks=1"), "the policy has none"),
+    (("rollout.publish=adapter", "models.policy.train.lora.rank=513"), "up to rank 512, and models.policy.train.lora"),
+    ((*_ADAPTER, "rollout.weight_transfer=collective"), "load from the object store"),
+    ((*_ADAPTER, "rollout.tensor_parallel=2", "cluster.backend=cuda"), "engines of one rank"),
     (("rollout.tensor_parallel=4", "cluster.backend=cuda"), "key-value heads"),
     (("rollout.workers=2", "rollout.min_workers=3"), "rollout.min_workers = 3, rollout.workers = 2"),
     (("rollout.workers=2", "rollout.max_workers=1"), "rollout.max_workers = 1 must not fall"),

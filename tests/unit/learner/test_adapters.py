@@ -186,6 +186,41 @@ def test_what_is_published_is_what_is_exported_bit_for_bit_and_as_often_as_asked
     assert all(torch.equal(p, before[n]) for n, p in engine.module.named_parameters())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_alone_is_sent_multiplied_and_summed_together_with_its_base(
+    tied: bool, dtype: str, tmp_path: Path
+) -> None:
+    base = tiny_llama(tmp_path / "policies" / "v000", tied=tied)
+    engine = trained(base)
+    alone = adapters.Alone(engine)
+    *buckets, manifest = weight_sender.publish(alone, policy_version=7, bucket_bytes=3_000, dtype=dtype)
+    assert isinstance(manifest, WeightManifest)
+    words = {"float32": np.uint32, "bfloat16": np.uint16}[dtype]
+    total = 0
+    for parameter in load_policy(base, precision="fp32").network.parameters():  # tied ones once
+        bits = parameter.detach().to(getattr(torch, dtype)).reshape(-1).view(torch.uint8).numpy().view(words)
+        total += sum(int(word) for word in bits)
+    for slot in manifest.slots:
+        raw = buckets[slot.bucket][slot.offset : slot.offset + slot.spec.num_bytes]
+        total += sum(int(word) for word in raw.view(words))
+        sent = torch.frombuffer(raw.copy(), dtype=getattr(torch, dtype)).reshape(slot.spec.shape)
+        layer, _, part = slot.spec.name.removesuffix(".weight").rpartition(".")
+        tensor = engine.module.get_parameter(f"network.{layer}.{part}.default.weight").detach()
+        factor = {"lora_A": 1.0, "lora_B": 12.0 / 4}[part]
+        assert torch.equal(sent, (tensor * factor).to(sent.dtype))
+    assert len(manifest.slots) == 2 * 2 * 7
+    assert len(buckets) > 2
+    assert manifest.loaded_checksum == total % 2**64
+    # The base is frozen: what it sums to is not gathered again.
+    gathered: list[str] = []
+    gather = engine.gather
+    engine.gather = lambda names: gathered.extend(names) or gather(names)
+    again = list(weight_sender.publish(alone, policy_version=7, bucket_bytes=3_000, dtype=dtype))
+    assert again[-1] == manifest
+    assert {name for name in gathered if ".lora_" not in name} == set()
+
+
 def test_the_next_round_goes_on_with_the_adapter_on_the_same_base(base: Path, tmp_path: Path) -> None:
     engine = trained(base)
     directory = base.parent / "v003"
