@@ -227,6 +227,8 @@ def connect(config: RunConfig, *, verbose: bool) -> None:
         ray.init(address=address, **quiet)
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's log monitor holds two files open for each worker that has died, until it holds so many (by default 200).
+        os.environ.setdefault("RAY_LOG_MONITOR_MAX_OPEN_FILES", "40")
         # "local" starts one; without it Ray would join whatever cluster it finds traces of on this machine.
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
     # Ray puts handlers of its own in place that end the process; the run would leave workers and files behind.
