@@ -1,5 +1,6 @@
 """How the policy is updated: one class per algorithm, chosen by `algorithm.name`."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
@@ -55,16 +56,46 @@ class CorrectionConfig(Section):
         return self
 
 
+_OF_THE_KL = ("kl_beta", "kl_controller", "kl_in", "kl_estimator")
+_OF_THE_RATIO = ("clip_low", "clip_high", "dual_clip", "max_approx_kl")
+_OF_PPO_ALONE: dict[str, str] = dict.fromkeys(("ptx_coefficient", "ptx_texts"), "only ppo rehearses pretraining texts")
+_WITHOUT_RATIO: dict[str, str] = _OF_PPO_ALONE | dict.fromkeys(
+    _OF_THE_RATIO, "its loss has no ratio to the policy before the step"
+)
+_WITHOUT_ADVANTAGES: dict[str, str] = (
+    _OF_PPO_ALONE
+    | dict.fromkeys(
+        ("advantage", "gamma", "gae_lambda", "truncated_value", "critic_warmup_iterations", "adv_norm", "value_clip"),
+        "it compares a prompt's responses by their scores, so that there are no advantages and no critic",
+    )
+    | dict.fromkeys(
+        ("correction", *_OF_THE_RATIO), "it learns whole responses, without a ratio to the policy that sampled them"
+    )
+    | {"entropy_bonus": "its loss is of whole responses", "aggregation": "its loss says how tokens are weighed"}
+)
+
+
 class AlgorithmBase(Section):
     """What all algorithms have in common."""
 
     responses_together: ClassVar[int] = 1
     """Responses that one term of the loss needs at once, in one micro-batch."""
 
+    not_here: ClassVar[Mapping[str, str]] = {}
+    """Key of another algorithm -> why it has no meaning for this one, which "unknown key" would not say."""
+
     minibatch_responses: PositiveInt = 64
     """Responses in one optimiser step, over all ranks."""
     num_epochs: PositiveInt = 1
     """Passes over the responses of an iteration, reshuffled each time."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_key_without_a_meaning(cls, values: Any) -> Any:
+        for key in cast(dict[str, Any], values) if isinstance(values, dict) else {}:
+            if key in cls.not_here:
+                raise ValueError(f"{key} has no meaning for this algorithm: {cls.not_here[key]}")
+        return cast(object, values)
 
     @property
     def has_critic(self) -> bool:
@@ -87,7 +118,8 @@ class PolicyGradientBase(AlgorithmBase):
     advantage: Literal["gae", "rloo", "grpo", "reinforce"] = "gae"
     """What a token's advantage is. `gae`: by a critic. The others need none, and none is built: the response's reward
     minus the mean over the prompt's other responses (`rloo`), over the batch (`reinforce`), or over the prompt's
-    responses and divided by their standard deviation (`grpo`), the same for every token."""
+    responses and divided by their standard deviation (`grpo`), the same for every token. Without a critic the default
+    of `adv_norm` is `batch_std_only` where it would be `whiten`, and `none` for `grpo`."""
     gamma: Fraction = 1.0
     gae_lambda: Fraction = 0.95
     """Of `gae`."""
@@ -102,6 +134,27 @@ class PolicyGradientBase(AlgorithmBase):
     def has_critic(self) -> bool:
         """Whether a critic is trained."""
         return self.advantage == "gae"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _norm_of_whole_responses(cls, values: Any) -> Any:
+        """Without a critic, keep the sign of advantages by default, and refuse to move what siblings were compared by.
+
+        All tokens of a response have its advantage, so the mean over tokens is nearer to long responses', and to
+        subtract it makes losers of short winners.
+        """
+        given = cast(dict[str, Any], values) if isinstance(values, dict) else {}
+        estimator = given.get("advantage")
+        if estimator not in ("rloo", "grpo", "reinforce"):
+            return cast(object, values)
+        if estimator != "reinforce" and given.get("adv_norm") == "whiten":
+            raise ValueError(
+                f"adv_norm = whiten subtracts the mean over tokens, in which long responses count for more, from what "
+                f"{estimator} has compared within a prompt; use batch_std_only or none"
+            )
+        if cls.model_fields["adv_norm"].default == "whiten":
+            given = {"adv_norm": "none" if estimator == "grpo" else "batch_std_only"} | given
+        return cast(object, given)
 
     @property
     def warmup_iterations(self) -> int:
@@ -186,6 +239,13 @@ class PPOConfig(PenalizedBase):
 class APAConfig(PolicyGradientBase):
     """Advantage-induced policy alignment: squared error between log-probs and the advantage-tilted reference."""
 
+    not_here = (
+        _WITHOUT_RATIO
+        | dict.fromkeys(
+            _OF_THE_KL, "its loss holds the policy to the reference by itself, and apa_lambda is the weight of that KL"
+        )
+        | {"entropy_bonus": "its loss has a target for every log-prob, to which a bonus would be in the way"}
+    )
     name: Literal["apa"] = "apa"
     apa_lambda: PositiveFloat = 0.5
     """The KL weight, in units of the score (one standard deviation of reference samples)."""
@@ -202,6 +262,7 @@ class AWRConfig(PenalizedBase):
     nothing is left of it; a `kl_beta` above zero is an anchor that the published algorithm does not have.
     """
 
+    not_here = _WITHOUT_RATIO
     name: Literal["awr"] = "awr"
     awr_lambda: PositiveFloat = 1.0
     """The temperature of the weights, in units of the normalised advantages."""
@@ -215,46 +276,22 @@ class AWRConfig(PenalizedBase):
 class A2CConfig(PenalizedBase):
     """Advantage actor-critic: the plain policy gradient, without a ratio, for fresh samples."""
 
+    not_here = _WITHOUT_RATIO
     name: Literal["a2c"] = "a2c"
     value_clip: PositiveFloat | None = None
     adv_norm: AdvantageNorm = "whiten"
 
 
-_OF_THE_KL = ("kl_beta", "kl_controller", "kl_in", "kl_estimator")
-_WITHOUT_ADVANTAGES = dict.fromkeys(
-    ("advantage", "gamma", "gae_lambda", "truncated_value", "critic_warmup_iterations", "adv_norm", "value_clip"),
-    "it compares a prompt's responses by their scores, so that there are no advantages and no critic",
-) | dict.fromkeys(
-    ("correction", "clip_low", "clip_high", "dual_clip", "max_approx_kl"),
-    "it learns whole responses, without a ratio to the policy that sampled them",
-)
-"""Key of policy gradients -> why a method without advantages has none."""
-
-
 class SelectionBase(AlgorithmBase):
     """What the algorithms have in common that choose among the responses to a prompt, and need no advantages."""
-
-    no_kl: ClassVar[str]
-    """Why the algorithm has no KL penalty and no controller of one."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_keys_of_policy_gradients(cls, values: Any) -> Any:
-        """Say why a key of policy gradients means nothing here, which "unknown key" would not."""
-        given = cast(dict[str, Any], values) if isinstance(values, dict) else {}
-        reasons = _WITHOUT_ADVANTAGES | dict.fromkeys(_OF_THE_KL, cls.no_kl)
-        for key in given:
-            if key in reasons:
-                raise ValueError(f"{key} has no meaning for this algorithm: {reasons[key]}")
-        return cast(object, values)
 
 
 class DPOConfig(SelectionBase):
     """Direct preference optimisation, online: the best of a prompt's responses against the worst, by score."""
 
     responses_together: ClassVar[int] = 2
-    no_kl: ClassVar[str] = (
-        "its loss holds the policy to the reference by itself, and dpo_beta is the coefficient of that KL"
+    not_here = _WITHOUT_ADVANTAGES | dict.fromkeys(
+        _OF_THE_KL, "its loss holds the policy to the reference by itself, and dpo_beta is the coefficient of that KL"
     )
 
     name: Literal["dpo"] = "dpo"
@@ -293,8 +330,8 @@ class DPOConfig(SelectionBase):
 class RFTConfig(SelectionBase):
     """Rejection-sampling fine-tuning: imitate the best of each prompt's responses, and those chosen before."""
 
-    no_kl: ClassVar[str] = (
-        "it imitates its best samples, and how far an iteration goes is up to learning rate and num_epochs"
+    not_here = _WITHOUT_ADVANTAGES | dict.fromkeys(
+        _OF_THE_KL, "it imitates its best samples, and how far an iteration goes is up to learning rate and num_epochs"
     )
 
     name: Literal["rft"] = "rft"

@@ -123,14 +123,13 @@ class Updater:
         metrics |= mismatch_metrics(
             responses, opinions.old_logprobs, correction=algorithm.correction, policy_version=batch.policy_version
         )
-        if self.controller is not None:
-            self.controller.update(train.kl)
-
         policy = self._policy_steps(train, kl_beta=beta)
         critic = None
         if self.critic is not None and train.value_targets is not None:
             critic = CriticSteps(self.critic, train.value_targets, value_clip=algorithm.value_clip)
         trains_policy = batch.iteration >= algorithm.warmup_iterations
+        if self.controller is not None and trains_policy:  # the KL of a policy that stands still answers to nothing
+            self.controller.update(train.kl)
         rehearsal = self._rehearsal(batch) if trains_policy else None
         is_far_enough = False
         for epoch in range(algorithm.num_epochs):

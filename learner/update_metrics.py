@@ -5,7 +5,9 @@ from torch import Tensor
 
 from configs.algorithm import APAConfig, CorrectionConfig, PolicyGradientConfig
 from learner.experience import Opinions, ResponseBatch, TrainBatch
+from learner.ops import kl as kl_ops
 from learner.ops import off_policy
+from learner.ops.advantages import group_std
 from learner.ops.value import explained_variance
 from learner.step_log import StepLog
 from protocol import metrics as names
@@ -49,9 +51,17 @@ def sampling_metrics(responses: ResponseBatch, opinions: Opinions, *, kl_nats: f
         Metric name -> number.
     """
     means = torch.stack([responses.scores.double().mean(), opinions.entropies.double().mean()]).tolist()
-    # Over responses that others wrote, the mean log-ratio to the reference is no estimate of the policy's KL.
-    kl = names.OBJECTIVE_KL if responses.behavior_logprobs is not None else names.OBJECTIVE_LOG_RATIO
-    return {names.OBJECTIVE_SCORE: means[0], kl: kl_nats, names.POLICY_ENTROPY: means[1]}
+    found = {names.OBJECTIVE_SCORE: means[0], names.POLICY_ENTROPY: means[1]}
+    if responses.behavior_logprobs is None:
+        # Over responses that others wrote, the mean log-ratio to the reference is no estimate of the policy's KL.
+        return found | {names.OBJECTIVE_LOG_RATIO: kl_nats}
+    num_responses = len(responses.keys)
+    k3 = kl_ops.k3(opinions.old_logprobs, responses.ref_logprobs).double().sum().item() / num_responses
+    return found | {
+        names.OBJECTIVE_KL: kl_nats,
+        names.OBJECTIVE_KL_PER_TOKEN: kl_nats * num_responses / responses.num_tokens,
+        names.OBJECTIVE_KL_K3: k3,
+    }
 
 
 def batch_metrics(train: TrainBatch, *, algorithm: PolicyGradientConfig, kl_beta: float) -> dict[str, float]:
@@ -77,7 +87,10 @@ def batch_metrics(train: TrainBatch, *, algorithm: PolicyGradientConfig, kl_beta
             old_values, returns, mask=torch.ones_like(returns, dtype=torch.bool)
         )
     if isinstance(algorithm, APAConfig):
+        # Whatever advantages are divided by, the KL weight is multiplied by.
         scale = 1.0 if algorithm.adv_norm == "none" else train.advantage_std
+        if algorithm.advantage == "grpo":
+            scale *= group_std(train.rewards, train.responses.groups).mean().item()
         metrics[names.POLICY_BETA_EFF] = algorithm.apa_lambda * scale
     return metrics
 

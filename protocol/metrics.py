@@ -3,6 +3,8 @@
 OBJECTIVE_SCORE = "objective/score"
 OBJECTIVE_REWARD = "objective/reward"
 OBJECTIVE_KL = "objective/kl_k1_per_sequence"
+OBJECTIVE_KL_PER_TOKEN = "objective/kl_k1_per_token"
+OBJECTIVE_KL_K3 = "objective/kl_k3_per_sequence"
 OBJECTIVE_KL_BETA = "objective/kl_beta"
 OBJECTIVE_LOG_RATIO = "objective/log_ratio_per_sequence"
 """In place of the KL where responses are read from data: mean over them of the summed log policy - log reference."""

@@ -11,6 +11,8 @@ Production code refuses the last two by type; here a subclass feeds them. The le
 `algorithms` chose for PPO. Writes curves below raw/, summary.csv, verdicts.json and controller.png.
 """
 
+from collections.abc import Sequence
+
 from benchmarks.experiments.laboratory import figures, report
 from benchmarks.experiments.laboratory.arms import Arm
 from benchmarks.experiments.laboratory.plan import ALGORITHMS, TARGET_NATS, Command, parse, tempered, tuned_rates
@@ -107,8 +109,8 @@ def claims(curves: dict[str, BySeed]) -> list[Claim]:
         ),
         judge(
             "E7",
-            "the proxy drops only in arms where the controller has raised its coefficient",
-            {seed: all(rises_if_drops(arm[seed]) for arm in (right, token, released)) for seed in seeds},
+            "the proxy drops in some arm, and only where the controller has raised its coefficient",
+            {seed: only_risen_drop([arm[seed] for arm in (right, token, released)]) for seed in seeds},
         ),
     ]
 
@@ -118,10 +120,10 @@ def arrives(curve: Curve) -> bool:
     return abs(last(curve, "kl_exact_nats") / TARGET_NATS - 1) <= TOLERANCE
 
 
-def rises_if_drops(curve: Curve) -> bool:
-    """Say whether the proxy kept up, or else the coefficient was above its first value at some time."""
-    dropped = turns(curve, drop=PROXY_DROP, column="proxy")
-    return not dropped or bool(curve["kl_beta"].max() > curve["kl_beta"][0])
+def only_risen_drop(arms: Sequence[Curve]) -> bool:
+    """Say whether the proxy drops in some arm, and the coefficient was above its first value in each where it does."""
+    dropped = [curve for curve in arms if turns(curve, drop=PROXY_DROP, column="proxy")]
+    return bool(dropped) and all(curve["kl_beta"].max() > curve["kl_beta"][0] for curve in dropped)
 
 
 if __name__ == "__main__":

@@ -128,20 +128,35 @@ def without_critic(
     precise = totals.double()
     if estimator == "reinforce":
         groups = torch.zeros_like(groups)
-    sizes = torch.bincount(groups).double()
-    own_size = sizes[groups]
+    own_size = torch.bincount(groups).double()[groups]
     if estimator != "reinforce" and (own_size < 2).any():
         raise ValueError(f"{estimator} compares the responses to a prompt, and a prompt has only one")
-
-    def group_means(values: Tensor) -> Tensor:
-        return (torch.zeros_like(sizes).index_add(0, groups, values) / sizes)[groups]
-
-    advantages = precise - group_means(precise)
+    advantages = precise - _group_means(precise, groups)
     if estimator == "rloo":
         advantages = advantages * own_size / (own_size - 1)
     elif estimator == "grpo":
-        advantages = advantages * torch.rsqrt(group_means(advantages.square()) + WHITEN_EPS)
+        advantages = advantages / group_std(totals, groups)
     return torch.where(mask, advantages.to(totals.dtype)[:, None], 0)
+
+
+def group_std(totals: Tensor, groups: Tensor) -> Tensor:
+    """Compute what `grpo` divides by: sqrt(var + 1e-8) over the responses to the same prompt.
+
+    Args:
+        totals: `[B]`; the rewards of each response summed over its tokens.
+        groups: `[B]`, int64; which prompt each response answers, numbered from zero.
+
+    Returns:
+        `[B]`, fp64, for each response that of its prompt.
+    """
+    precise = totals.double()
+    away = precise - _group_means(precise, groups)
+    return torch.sqrt(_group_means(away.square(), groups) + WHITEN_EPS)
+
+
+def _group_means(values: Tensor, groups: Tensor) -> Tensor:
+    sizes = torch.bincount(groups).double()
+    return (torch.zeros_like(sizes).index_add(0, groups, values) / sizes)[groups]
 
 
 @torch.no_grad()

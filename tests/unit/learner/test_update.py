@@ -151,6 +151,11 @@ def test_the_reported_kl_is_the_sum_over_each_response() -> None:
         assert report.kl_nats_per_sequence[scored.rollout.key] == pytest.approx(expected, abs=1e-4)
     mean = sum(report.kl_nats_per_sequence.values()) / len(batch.rollouts)
     assert report.metrics[names.OBJECTIVE_KL] == pytest.approx(mean, abs=1e-5)
+    ratios = [s.ref_logprobs - s.rollout.behavior_logprobs for s in batch.rollouts]
+    k3 = sum(float(np.sum(np.exp(r) - 1 - r)) for r in ratios) / len(ratios)
+    assert report.metrics[names.OBJECTIVE_KL_K3] == pytest.approx(k3, rel=1e-4)
+    per_token = -float(np.concatenate(ratios).mean())
+    assert report.metrics[names.OBJECTIVE_KL_PER_TOKEN] == pytest.approx(per_token, abs=1e-5)
     assert report.metrics[names.SYNC_LOGPROB_GAP] < 1e-5
 
 
@@ -181,14 +186,17 @@ def test_forward_passes_are_no_more_than_needed() -> None:
 
 
 def test_the_critic_warms_up_alone() -> None:
-    updater = make(PPOConfig(minibatch_responses=4, critic_warmup_iterations=1))
+    controller = KLControllerConfig(kind="adaptive", target_nats_per_sequence=1.0, horizon_episodes=100)
+    updater = make(PPOConfig(minibatch_responses=4, critic_warmup_iterations=1, kl_beta=0.1, kl_controller=controller))
     before = torch.cat([p.detach().flatten().clone() for p in updater.policy.module.parameters()])
     report = updater.update(scored_batch(iteration=0))
     after = torch.cat([p.detach().flatten() for p in updater.policy.module.parameters()])
     assert torch.equal(before, after)
     assert report.num_steps == updater.critic.num_steps == 3
     assert names.POLICY_LOSS not in report.metrics
+    assert updater.kl_beta == 0.1  # nor does the controller move for a policy that does not
     assert names.POLICY_LOSS in updater.update(scored_batch(iteration=1)).metrics
+    assert updater.kl_beta != 0.1
 
 
 def test_updates_are_the_same_bit_for_bit() -> None:

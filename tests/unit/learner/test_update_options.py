@@ -15,6 +15,7 @@ from configs.learner import LearnerConfig, OptimizerConfig
 from configs.load import load
 from learner import checkpoint
 from learner.experience import PassSettings
+from learner.ops import advantages
 from learner.update import Updater, UpdateSettings
 from protocol import metrics as names
 from protocol.messages import PolicyVersions, ScoredBatch
@@ -136,7 +137,9 @@ def test_one_step_of_everything_at_once_against_a_slow_loop() -> None:
 
 
 def test_one_step_of_awr_against_a_slow_loop() -> None:
-    algorithm = AWRConfig(minibatch_responses=12, num_epochs=1, advantage="reinforce", awr_lambda=0.7, max_weight=2.0)
+    algorithm = AWRConfig(
+        minibatch_responses=12, num_epochs=1, advantage="reinforce", adv_norm="whiten", awr_lambda=0.7, max_weight=2.0
+    )
     batch, policy, updater = near(scored_batch()), tiny_policy(), make(algorithm)
     scores, lengths = zip(*((s.score, len(s.rollout.response_ids)) for s in batch.rollouts), strict=True)
     raw = [score - sum(scores) / 12 for score in scores]
@@ -292,3 +295,27 @@ def test_without_options_the_quickstart_computes_what_it_always_did(name: str) -
         metrics = updater.update(scored_batch(seed=number, iteration=number)).metrics
     for metric, value in RECORDED[name].items():
         assert metrics[metric] == pytest.approx(value, rel=2e-4, abs=2e-6), metric
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce"])
+def test_without_a_critic_a_better_response_stays_one_however_long_the_others_are(estimator: Any) -> None:
+    """Whitening would subtract a mean that the longest response draws to itself."""
+    algorithm = PPOConfig(advantage=estimator)
+    totals, lengths = torch.tensor([0.3, -0.3, 3.0, -3.0]), torch.tensor([5, 5, 40, 5])
+    mask = torch.arange(40)[None] < lengths[:, None]
+    raw = advantages.without_critic(totals, groups=torch.tensor([0, 0, 1, 1]), mask=mask, estimator=estimator)
+    found = advantages.normalize(raw, mask, mode=algorithm.adv_norm)[:, 0]
+    assert (found.sign() == totals.sign()).all()
+    assert PPOConfig(advantage="reinforce", adv_norm="whiten").adv_norm == "whiten"  # said is said
+    assert APAConfig(advantage=estimator).adv_norm == "none"
+
+
+def test_the_kl_weight_of_apa_is_reported_in_units_of_the_score_where_groups_are_normalised() -> None:
+    """Group-normalised advantages of scores ten times as large are the same, and pull ten times less against the KL."""
+    batch = near(scored_batch())
+    louder = replace(batch, rollouts=tuple(replace(s, score=10 * s.score) for s in batch.rollouts))
+    quiet, loud = (make(APAConfig(advantage="grpo", apa_lambda=0.5, **MINE)).update(b).metrics for b in (batch, louder))
+    stds = [np.std([s.score for s in batch.rollouts[i : i + 3]]) for i in range(0, 12, 3)]
+    assert quiet[names.POLICY_BETA_EFF] == pytest.approx(0.5 * np.mean(stds), rel=1e-4)
+    assert loud[names.POLICY_BETA_EFF] == pytest.approx(10 * quiet[names.POLICY_BETA_EFF], rel=1e-4)
+    assert loud[names.POLICY_LOSS] == pytest.approx(quiet[names.POLICY_LOSS], rel=1e-4)
