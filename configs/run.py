@@ -162,6 +162,17 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _correction_has_something_to_correct(self) -> Self:
+        algorithm = self.algorithm
+        if isinstance(algorithm, APAConfig | AWRConfig) and algorithm.correction.weight != "none":
+            raise ValueError(
+                f"algorithm.correction.weight = {algorithm.correction.weight} would change nothing: the loss of "
+                f"{algorithm.name} fits targets, so that only what an older version sampled is reweighed, and every "
+                "batch of a run is the current version's; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _prompts_have_siblings(self) -> Self:
         algorithm, samples = self.algorithm, self.rollout.samples_per_prompt
         compares = None

@@ -211,6 +211,8 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((_PPO, "algorithm.correction={weight: icepop, old_policy: behavior}"), "count the same ratio twice"),
     ((_PPO, "algorithm.correction={weight: clamp, low: 3.0}"), "must be less than high"),
     (("algorithm.correction.old_policy=behavior",), "this algorithm has no ratio"),
+    (("algorithm.correction.weight=tis",), "algorithm.correction.weight = tis would change nothing"),
+    (("algorithm.name=awr", "algorithm.correction.weight=clamp"), "every batch of a run is the current version's"),
     (("algorithm.name=awr", "algorithm.correction.old_policy=behavior"), "this algorithm has no ratio"),
     ((_PPO, "algorithm.advantage=rloo"), "rollout.samples_per_prompt = 1: sample at least two"),
     (("algorithm.advantage=grpo",), "rollout.samples_per_prompt = 1: sample at least two"),
