@@ -149,8 +149,8 @@ def watched(command: Sequence[str], log: Path, *, mode: str, since_start: bool =
                 happened["noticed"] = now
             elif (
                 line.startswith("iteration ")
-                and happened["iteration"] is None
                 and (since_start or happened["fault"] is not None)
+                and _comes_first_after_the_notice(happened)
             ):
                 happened["iteration"] = now
     happened["returncode"] = process.wait()
@@ -189,6 +189,12 @@ def _ends_with(fault: str) -> int | None:
     if act == "raise":
         return 1
     return -signal.SIGKILL if act == "kill" and fault.startswith("driver") else None
+
+
+def _comes_first_after_the_notice(happened: dict[str, Any]) -> bool:
+    """Say whether no iteration has ended yet since the fault was noticed; one may end between the two."""
+    before, noticed = happened["iteration"], happened["noticed"]
+    return before is None or (noticed is not None and before < noticed)
 
 
 def _between(first: float | None, second: float | None) -> float | None:
