@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 
 from reward_service import bradley_terry as bt
+from reward_service.ladder import predicted_elo
 
 Table = Sequence[Sequence[float]]
 
@@ -54,6 +55,10 @@ def slow_negative_log_likelihood(free: np.ndarray, table: Table, anchor: int) ->
 
 def test_the_unit_is_the_elo_scale() -> None:
     assert pytest.approx(173.71779276, abs=1e-8) == bt.ELO_PER_LOGIT
+    [lead] = bt.sigmoid(np.array([100.0]) / bt.ELO_PER_LOGIT)
+    assert lead == pytest.approx(0.640065, abs=1e-6)
+    for rate, elo in ((0.75, 190.84850189), (0.6, 70.43650362)):
+        assert predicted_elo([math.log(rate / (1 - rate))]) == pytest.approx(elo, abs=1e-8)
 
 
 @pytest.mark.parametrize(
