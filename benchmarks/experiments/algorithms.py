@@ -10,10 +10,10 @@ First the grid of learning rates on seed 0 (algorithms/learning_rates.csv), then
     apa, released   whitened advantages, as in the released code
     ppo, released   the controller is fed what the released code computes
 
-The released code differs in more: APA whitens each minibatch apart and counts its padding, PPO has another learning rate
-at some sizes, a critic on the policy's trunk and other sampling. Here all arms share these, and whitening is over the
-batch, so that a difference is one of the algorithms; "the arm that copies the released code" is to be read so. Writes curves below raw/, learning_rates.csv,
-summary.csv, verdicts.json and algorithms.png.
+The released code differs in more: APA whitens each minibatch apart and counts its padding; PPO has another learning
+rate at some sizes, a critic on the policy's trunk and other sampling. Here all arms share these, and whitening is over
+the batch, so that a difference is one of the algorithms; "the arm that copies the released code" is to be read so.
+Writes curves below raw/, learning_rates.csv, summary.csv, verdicts.json and algorithms.png.
 """
 
 from collections.abc import Sequence

@@ -15,8 +15,8 @@ from cluster.run_directory import RunDirectory
 from configs.cluster import DeadlinesConfig
 from protocol.errors import UserError
 from tests.integration.cluster_run import run_on_cluster
-from tests.integration.test_faults import figures, incidents_of, responses_of
-from tests.rondo_process import rondo
+from tests.integration.test_faults import incidents_of, responses_of
+from tests.rondo_process import rondo, untimed
 from tests.tiny_run import tiny_config, tiny_overrides
 
 
@@ -234,5 +234,5 @@ def test_a_node_that_comes_while_a_run_goes_on_is_used_until_it_is_drained(tmp_p
     ours, theirs = tmp_path / "changing" / "tiny", tmp_path / "undisturbed" / "tiny"
     assert incidents_of(ours) == []
     assert responses_of(ours) == responses_of(theirs)
-    for one, other in zip(figures(ours), figures(theirs), strict=True):
+    for one, other in zip(untimed(ours), untimed(theirs), strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)

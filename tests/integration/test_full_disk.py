@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_faults import figures, incidents_of
-from tests.rondo_process import ROOT, metrics_of, rondo
+from tests.integration.test_faults import incidents_of
+from tests.rondo_process import ROOT, metrics_of, rondo, untimed
 from tests.small_disk import fill, small_disk
 from tests.tiny_run import tiny_overrides
 
@@ -66,7 +66,7 @@ class Training:
 
 
 def assert_same(directory: Path, undisturbed: Path) -> None:
-    assert figures(directory) == figures(undisturbed)
+    assert untimed(directory) == untimed(undisturbed)
     paths = sorted((undisturbed / "policies").rglob("*.safetensors"))
     assert len(paths) == 2
     for path in paths:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.cluster_run import run_on_cluster
-from tests.integration.test_faults import figures, incidents_of, responses_of
-from tests.rondo_process import rondo
+from tests.integration.test_faults import incidents_of, responses_of
+from tests.rondo_process import rondo, untimed
 from tests.tiny_run import tiny_overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -34,7 +34,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check_same(directory: Path, undisturbed: Path) -> None:
     assert responses_of(directory) == responses_of(undisturbed)
-    for ours, theirs in zip(figures(directory), figures(undisturbed), strict=True):
+    for ours, theirs in zip(untimed(directory), untimed(undisturbed), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
