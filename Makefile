@@ -27,7 +27,7 @@ quickstart: setup  ## Train a small language model by RLHF, end to end, on this 
 	$(BIN)/rondo quickstart
 
 test: setup  ## The default test suite: no network, no GPU
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=20 --durations-min=5
 
 test-slow: setup  ## The tests that take minutes each
 	$(BIN)/python -m pytest -m "slow and not gpu"
