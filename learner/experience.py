@@ -190,7 +190,7 @@ def flatten(batch: ScoredBatch, *, device: torch.device) -> ResponseBatch:
     return responses
 
 
-def own_groups(
+def own_micro_batches(
     indices: Sequence[int], *, lengths: Sequence[int], settings: PassSettings, engine: TrainingEngine
 ) -> list[list[int]]:
     """Split a minibatch into micro-batches and take this rank's; equally many on every rank, some of them empty."""
@@ -218,7 +218,7 @@ def passes(
     Yields:
         A micro-batch, its tokens' places in the flat vectors [n], and its responses.
     """
-    for group in own_groups(indices, lengths=responses.lengths, settings=settings, engine=engine):
+    for group in own_micro_batches(indices, lengths=responses.lengths, settings=settings, engine=engine):
         sequences = [responses.sequences[i] for i in group]
         micro_batch = collate(sequences, pad_id=settings.pad_id, layout=settings.layout).to(engine.context.device)
         yield micro_batch, responses.flat_index(group, micro_batch), group

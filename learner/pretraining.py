@@ -11,7 +11,7 @@ import torch
 
 from configs.run import RunConfig
 from learner.batch import TokenSequence, collate
-from learner.experience import PassSettings, own_groups
+from learner.experience import PassSettings, own_micro_batches
 from learner.ops import pretraining
 from learner.step_log import StepLog
 from learner.supervised_loop import check_ranks_agree, encode_pair
@@ -61,7 +61,7 @@ class PretrainingSteps:
         """
         num_tokens = sum(len(self._texts[index].response_ids) for index in chosen)
         context, settings = self._engine.context, self._settings
-        groups = own_groups(chosen, lengths=self._lengths, settings=settings, engine=self._engine)
+        groups = own_micro_batches(chosen, lengths=self._lengths, settings=settings, engine=self._engine)
         for number, group in enumerate(groups):
             rows = [self._texts[index] for index in group]
             m = collate(rows, pad_id=settings.pad_id, layout=settings.layout).to(context.device)

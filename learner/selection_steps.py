@@ -16,7 +16,7 @@ from torch import Tensor
 from configs.algorithm import DPOConfig
 from learner import batch
 from learner.batch import MicroBatch, TokenSequence
-from learner.experience import PassSettings, ResponseBatch, own_groups
+from learner.experience import PassSettings, ResponseBatch, own_micro_batches
 from learner.ops import dpo, pretraining
 from learner.selection import Pairs
 from learner.step_log import StepLog
@@ -144,7 +144,7 @@ class SelectionSteps:
         """Take one step on some units, the same on all ranks."""
         context, settings = self._engine.context, self._settings
         weight = self._objective.weight(indices)
-        groups = own_groups(indices, lengths=self._lengths, settings=settings, engine=self._engine)
+        groups = own_micro_batches(indices, lengths=self._lengths, settings=settings, engine=self._engine)
         for number, group in enumerate(groups):
             rows = [sequence for index in group for sequence in self._objective.units[index]]
             m = batch.collate(rows, pad_id=settings.pad_id, layout=settings.layout).to(context.device)

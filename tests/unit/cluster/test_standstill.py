@@ -54,6 +54,7 @@ def test_quick_steps_are_given_the_floor(stage: Stage) -> None:
 def test_a_micro_batch_is_a_sign_of_life_where_no_step_is_reported(stage: Stage) -> None:
     stage.goes_on(step=10, times=5)
     stage.goes_on(step=10, every_s=100, times=20)
+    assert stage.now > 1000.0 + 10 * 120.0  # many times the bound, without a step
 
 
 @pytest.mark.parametrize("step", [None, 100])
