@@ -150,21 +150,28 @@ def test_a_member_that_hangs_breaks_the_broadcast_at_the_deadline(
 
 
 def test_a_default_group_of_the_process_is_left_as_it_is() -> None:
+    # A function, so that nothing holds the group after it is destroyed: torch joins the group's threads with its last
+    # reference, and a thread that is left when Python ends aborts the process.
     code = """
 import torch, torch.distributed as dist
 from threading import Thread
 from tests.unit.protocol.test_broadcast import *
+
+def broadcast_beside_the_default_group():
+    before = dist.group.WORLD
+    meeting = Meeting(listen(), timeout_s=20)
+    thread = Thread(target=receive, args=(meeting.rendezvous, 0))
+    thread.start()
+    assert send(meeting.assemble(receivers=1, device=CPU, timeout_s=20)) == 2
+    thread.join()
+    meeting.close()
+    assert dist.group.WORLD is before
+    ones = torch.ones(2)
+    dist.all_reduce(ones)
+    assert ones.tolist() == [1, 1]
+
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-before = dist.group.WORLD
-meeting = Meeting(listen(), timeout_s=20)
-thread = Thread(target=receive, args=(meeting.rendezvous, 0))
-thread.start()
-assert send(meeting.assemble(receivers=1, device=CPU, timeout_s=20)) == 2
-thread.join()
-assert dist.group.WORLD is before
-ones = torch.ones(2)
-dist.all_reduce(ones)
-assert ones.tolist() == [1, 1]
+broadcast_beside_the_default_group()
 dist.destroy_process_group()
 """
     environment = {"GLOO_SOCKET_IFNAME": "lo", "PATH": ""}
