@@ -1,6 +1,6 @@
 """Real learner ranks, one process each: started from a test, they meet, do the same work, and leave what they found.
 
-A module that ranks run ends in `run_rank(work)`; a test starts it with `start_ranks`, which runs
+A module that ranks run ends in `run_rank(work)`; a test starts it with `start_ranks` or `Worlds`, which run
 
     python -m MODULE RANK WORLD_SIZE DIRECTORY
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from learner.distributed import LOOPBACK, init_distributed, listen
@@ -43,6 +44,20 @@ def start_ranks(module: str, *, world_size: int, directory: Path, timeout_s: flo
     codes = [process.wait(timeout=timeout_s) for process in processes]
     assert codes == [0] * world_size, "\n".join(log.read_text()[-4000:] for log in logs)
     return [torch.load(_findings(directory, rank)) for rank in range(world_size)]
+
+
+class Worlds:
+    """What the ranks of a module found, by world size; each world is run when it is first asked for."""
+
+    def __init__(self, module: str, directories: pytest.TempPathFactory) -> None:
+        self._module, self._directories = module, directories
+        self._found: dict[int, list[Any]] = {}
+
+    def __getitem__(self, world_size: int) -> list[Any]:
+        if world_size not in self._found:
+            directory = self._directories.mktemp(f"world-{world_size}")
+            self._found[world_size] = start_ranks(self._module, world_size=world_size, directory=directory)
+        return self._found[world_size]
 
 
 def run_rank(work: Callable[[RankContext, Path], Any]) -> None:

@@ -9,23 +9,16 @@ from configs.learner import LearnerConfig
 from tests.integration.selection_ranks import ALGORITHMS, HIDDEN, RATE, STAGES, updates
 from tests.learner_batches import tiny_policy
 from tests.plain_engine import PlainEngine
-from tests.rank_processes import start_ranks
+from tests.rank_processes import Worlds
 
-WORLDS = (1, 2)
+WORLDS = (pytest.param(1, marks=pytest.mark.slow), 2)
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[tuple[str, int], Any]]]:
-    """Run one process, then two, through all stages."""
-    return {
-        world_size: start_ranks(
-            "tests.integration.selection_ranks",
-            world_size=world_size,
-            directory=tmp_path_factory.mktemp(f"world-{world_size}"),
-        )
-        for world_size in WORLDS
-    }
+def findings(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    """Run as many processes as are asked for through all stages, once."""
+    return Worlds("tests.integration.selection_ranks", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ print(json.dumps(trials))
 
 def test_whatever_comes_out_of_a_wait_after_a_signal_is_a_stop() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CODE, "40", "[0.001, 0.02, 1.0]"],
+        [sys.executable, "-c", CODE, "40", "[0.001, 0.02, 0.3]"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,4 +1,7 @@
-"""ZeRO 0 to 3, on one rank and on two, compute the same gradients, metrics and weights (real DeepSpeed, real gloo)."""
+"""ZeRO 0 to 3, on one rank and on two, compute the same gradients, metrics and weights (real DeepSpeed, real gloo).
+
+One rank is the slow half: tests/contract has it under every stage, against the same yardstick.
+"""
 
 from typing import Any
 
@@ -10,10 +13,10 @@ from learner.update import Updater
 from tests.integration.zero_ranks import HIDDEN, RATE, SETTINGS, accumulate
 from tests.learner_batches import scored_batch, tiny_critic, tiny_policy
 from tests.plain_engine import PlainEngine
-from tests.rank_processes import start_ranks
+from tests.rank_processes import Worlds
 
 STAGES = range(4)
-WORLDS = (1, 2)
+WORLDS = (pytest.param(1, marks=pytest.mark.slow), 2)
 GUARDED = (
     "applied_before",
     "loss_skipped",
@@ -28,16 +31,9 @@ GUARDED = (
 
 
 @pytest.fixture(scope="module")
-def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """Run one process, then two, through all stages."""
-    return {
-        world_size: start_ranks(
-            "tests.integration.zero_ranks",
-            world_size=world_size,
-            directory=tmp_path_factory.mktemp(f"world-{world_size}"),
-        )
-        for world_size in WORLDS
-    }
+def findings(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    """Run as many processes as are asked for through all stages, once."""
+    return Worlds("tests.integration.zero_ranks", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
