@@ -100,7 +100,8 @@ class SafetyFirstCombination(Section):
     safety: str
     """The name of the other."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Safety is at stake where the sigmoid of the calibrated safety score is below this."""
+    """Safety is at stake where the sigmoid of the calibrated safety score is below this. The score is standardised, so
+    this is no probability of harm: 0.15 is 1.73 standard deviations below the reference policy's mean."""
     tag: str = "is_safety"
     """Safety is also at stake where the prompt's column of this name is true; a prompt without it is not tagged."""
 

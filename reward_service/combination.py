@@ -120,13 +120,14 @@ def safety_first(
             s_h   otherwise
 
     Source: Touvron et al., "Llama 2" (2023), section 3.2.3, in logits. The paper then whitens the logits over a batch;
-    here both are calibrated on the same samples instead. The score jumps at the threshold, as it does in the paper.
+    here both are calibrated on the same samples instead (ADR 10). The score jumps at the threshold, as it does
+    in the paper.
 
     Args:
-        helpfulness: [B] calibrated scores, log-odds.
-        safety: [B] calibrated scores, log-odds.
+        helpfulness: [B] calibrated scores.
+        safety: [B] calibrated scores.
         about_safety: [B] whether the prompt is tagged as one about safety.
-        threshold: A probability.
+        threshold: Between 0 and 1, on the sigmoid of a standardised score.
 
     Returns:
         [B] combined scores.
