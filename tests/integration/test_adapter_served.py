@@ -30,6 +30,9 @@ LORA = LoraConfig(rank=5, alpha=15.0, target_modules=("q_proj", "v_proj", "o_pro
 TIMEOUT_S = 120
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("policies") / "v000", hidden=128)

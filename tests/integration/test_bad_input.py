@@ -96,6 +96,7 @@ def test_a_failing_reward_names_the_prompt_and_keeps_the_batch(tmp_path: Path, k
     assert "prompt" in record.with_suffix(".jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_reward_that_stays_down_costs_no_finished_iteration(tmp_path: Path) -> None:
     """Checkpoints are due after every second iteration; the first is committed when the second's rewards fail."""
     tiny_llama(tmp_path / "model")
