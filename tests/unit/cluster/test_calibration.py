@@ -13,10 +13,11 @@ from configs.run import RunConfig
 from protocol.errors import UserError
 from protocol.messages import NOT_SAMPLED, Prompt
 from protocol.tokens import decode, encode_prompt
+from tests.reference_vectors import VECTORS
 from tests.tiny import END_ID, tiny_tokenizer
 from tests.tiny_run import tiny_config
 
-VECTOR = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())["V12_rm_bias"]
+VECTOR = VECTORS["V12_rm_bias"]
 ROWS = [
     {"prompt": "what is a fox?", "completion": "a quick animal"},
     {"prompt": "and a dog?", "completion": "lazy " * 200},

@@ -1,6 +1,5 @@
 """Several rewards as one: the published numbers, slow loops, and what no rule may depend on."""
 
-import json
 import math
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from configs.scoring import (
     SafetyFirstCombination,
 )
 from reward_service.combination import combine, linear, mean_minus_std, minimum, safety_first
+from tests.reference_vectors import VECTORS
 from tests.tiny_run import tiny_config
 
-VECTOR = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())["V13_llama2"]
+VECTOR = VECTORS["V13_llama2"]
 GATE = SafetyFirstCombination(helpfulness="a", safety="b")
 RULES = [LinearCombination(), MinimumCombination(), MeanMinusStdCombination(num_stds=0.7), GATE]
 ROWS = st.lists(st.tuples(st.floats(-4, 4), st.floats(-4, 4), st.booleans()), min_size=1, max_size=6)

@@ -1,9 +1,7 @@
 """Scores: calibration, combination, truncation rule, clip and scale, in the normative order."""
 
-import json
 import pickle
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +16,8 @@ from configs.scoring import (
 from protocol.messages import FinishReason, PolicyVersions, Prompt, Rollout, RolloutKey
 from reward_service import scoring
 from reward_service.scoring import Calibration, RewardError
+from tests.reference_vectors import VECTORS
 
-VECTORS = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())
 KEYS = tuple(RolloutKey(0, 3, f"p{i}", 0) for i in range(3))
 
 
