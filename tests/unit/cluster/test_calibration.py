@@ -44,6 +44,7 @@ def test_v12_the_demonstrations_get_mean_zero_and_unit_deviation(tmp_path: Path)
     assert -found["bias"] / found["gain"] == pytest.approx(VECTOR["bias"], abs=1e-6)
     [parsed] = calibration.parse({"reward_model": found}).values()
     np.testing.assert_allclose(parsed.apply(raw), expected["out"], atol=1e-6)
+    np.testing.assert_allclose(parsed.apply(raw) / found["gain"], VECTOR["normalised"], atol=1e-6)
 
 
 def test_demonstrations_come_as_responses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -67,6 +67,12 @@ def test_v13_linear_on_logits() -> None:
     scores = {"h": logits(VECTOR["R_h"]), "s": logits(VECTOR["R_s"])}
     found = linear(scores, weights={"h": 0.5, "s": 0.5})
     np.testing.assert_allclose(found, VECTOR["linear_on_logits_half"], atol=1e-8)
+    # On probabilities the sum saturates: another number, and one that is no sum of log-odds.
+    on_probabilities = linear(
+        {"h": np.array(VECTOR["R_h"]), "s": np.array(VECTOR["R_s"])}, weights={"h": 0.5, "s": 0.5}
+    )
+    np.testing.assert_allclose(on_probabilities, VECTOR["linear_half"], atol=1e-8)
+    assert np.abs(1 / (1 + np.exp(-found)) - VECTOR["linear_half"]).max() > 0.05
 
 
 def test_the_weighted_sum() -> None:

@@ -21,6 +21,9 @@ def test_v12b_two_batches() -> None:
     second = first.seen(np.array([5.0, 7.0]))
     assert (second.mean, second.std) == pytest.approx(VECTOR["after_2"], abs=1e-8)
     assert second.count == 6
+    assert VECTOR["numpy_check"] == VECTOR["after_2"]
+    once = RunningMoments().seen(np.array([1.0, 2.0, 3.0, 4.0, 5.0, 7.0]))
+    assert (once.mean, once.std) == pytest.approx(VECTOR["numpy_check"], abs=1e-8)
 
 
 @settings(deadline=None, derandomize=True)
