@@ -192,7 +192,7 @@ def test_a_parameter_that_is_not_finite_is_found(make: Make) -> None:
         engine.require_finite_parameters()
 
 
-def test_a_checkpoint_continues_bit_for_bit(make: Make, tmp_path: Path) -> None:
+def test_i24_a_checkpoint_continues_bit_for_bit(make: Make, tmp_path: Path) -> None:
     engine = make()
     accumulate(engine)
     engine.step()

@@ -208,7 +208,7 @@ def test_tokens_do_not_depend_on_the_other_requests_or_their_order(child: Child,
 
 
 @pytest.mark.parametrize("policy", ["untied", "tied"])
-def test_an_update_is_what_the_engine_computes_with(child: Child, policies: dict[str, Path], policy: str):
+def test_i21_an_update_is_what_the_engine_computes_with(child: Child, policies: dict[str, Path], policy: str):
     directory = policies[policy]
     model = load_model(directory)
     before = child.call(in_child_generate, str(directory), CONFIG, make_requests(8))

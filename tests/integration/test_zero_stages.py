@@ -89,7 +89,7 @@ def test_weights_end_up_equal(findings: Any, yardstick: Any, stage: int, world_s
 
 @pytest.mark.parametrize("world_size", WORLDS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_checkpoint_resumes_bit_for_bit(findings: Any, stage: int, world_size: int) -> None:
+def test_i24_a_checkpoint_resumes_bit_for_bit(findings: Any, stage: int, world_size: int) -> None:
     assert all(rank["stages"][stage]["resumes_bit_for_bit"] for rank in findings[world_size])
 
 

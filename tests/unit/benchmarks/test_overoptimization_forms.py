@@ -1,15 +1,13 @@
 """The forms of over-optimisation: peaks, zeros, and coefficients found again from noisy curves."""
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.experiments.overoptimization_forms import Curve, bootstrap, extrapolate, fit, regressional_slope
+from tests.reference_vectors import VECTORS
 
-VECTORS = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())
 V20 = VECTORS["V20_gao"]
 BEST_OF_N = Curve(form="best_of_n", a=V20["alpha_bon"], b=V20["beta_bon"])
 RL = Curve(form="rl", a=V20["alpha_rl"], b=V20["beta_rl"])

@@ -13,10 +13,11 @@ from configs.run import RunConfig
 from protocol.errors import UserError
 from protocol.messages import NOT_SAMPLED, Prompt
 from protocol.tokens import decode, encode_prompt
+from tests.reference_vectors import VECTORS
 from tests.tiny import END_ID, tiny_tokenizer
 from tests.tiny_run import tiny_config
 
-VECTOR = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())["V12_rm_bias"]
+VECTOR = VECTORS["V12_rm_bias"]
 ROWS = [
     {"prompt": "what is a fox?", "completion": "a quick animal"},
     {"prompt": "and a dog?", "completion": "lazy " * 200},
@@ -43,6 +44,7 @@ def test_v12_the_demonstrations_get_mean_zero_and_unit_deviation(tmp_path: Path)
     assert -found["bias"] / found["gain"] == pytest.approx(VECTOR["bias"], abs=1e-6)
     [parsed] = calibration.parse({"reward_model": found}).values()
     np.testing.assert_allclose(parsed.apply(raw), expected["out"], atol=1e-6)
+    np.testing.assert_allclose(parsed.apply(raw) / found["gain"], VECTOR["normalised"], atol=1e-6)
 
 
 def test_demonstrations_come_as_responses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

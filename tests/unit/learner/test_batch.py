@@ -30,6 +30,19 @@ def test_sorted_layout_of_two_sequences() -> None:
     assert m.value_index.tolist() == [2, 3, 5, 6, 7, 4, 8]
 
 
+def test_v0_a_token_is_predicted_one_position_before_it(vectors) -> None:
+    v = vectors["V0_alignment"]
+    ids, prompt, num_tokens = v["ids"], v["prompt_len"], sum(v["response_mask"])
+    told_apart = sequence(ids[:prompt], ids[prompt : prompt + num_tokens])
+    m = collate([told_apart, sequence([1], [1] * (len(ids) - 1))], pad_id=0, layout="sorted")
+    assert m.input_ids[0].tolist() == ids
+    own = m.sequence == 0
+    assert m.predict_index[own].tolist() == np.flatnonzero(v["action_mask_len_Tm1"]).tolist()
+    assert m.target_ids[own].tolist() == ids[prompt : prompt + num_tokens]
+    # The response's part of the mask starts where its first token is predicted, at the prompt's last.
+    assert v["action_mask_len_Tm1"][prompt - 1 :] == v["response_mask"] == v["correct_mask"]
+
+
 def test_packed_layout_of_two_sequences() -> None:
     m = collate(TWO, pad_id=0, layout="packed")
     assert m.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 3, 2, 1]]

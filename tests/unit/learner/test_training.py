@@ -51,3 +51,14 @@ def test_squared_norm_and_what_is_not_finite() -> None:
     assert squared_norm([], device=cpu).item() == 0.0
     for bad in (math.nan, math.inf):
         assert not squared_norm([*tensors, torch.tensor([bad])], device=cpu).isfinite()
+
+
+def test_v21_the_half_life_of_an_average_that_is_not_kept(vectors) -> None:
+    """Arithmetic alone, the project has no average of weights: decay^h = 1/2, of InstructGPT's 256,000 episodes."""
+    v = vectors["V21_misc"]
+    weight, iterations = 1.0, 0
+    while weight > 0.5:
+        weight, iterations = weight * v["ema_decay"], iterations + 1
+    assert iterations == math.ceil(v["halflife_iters"])
+    assert v["ema_decay"] ** v["halflife_iters"] == pytest.approx(0.5, abs=1e-8)
+    assert v["instructgpt_iters"] == 256_000 / 512

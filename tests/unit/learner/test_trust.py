@@ -64,7 +64,7 @@ def test_a_ratio_beyond_all_bounds_is_clamped_and_not_infinite() -> None:
     assert figures([0.0, 1000.0])["sync/ratio_max"] == pytest.approx(math.exp(20.0))
 
 
-def test_tokens_of_another_version_are_not_compared() -> None:
+def test_i21_tokens_of_another_version_are_not_compared() -> None:
     batch, old = batch_of([5.0, 5.0], versions=PolicyVersions(2, 3))
     responses = flatten(batch, device=torch.device("cpu"))
     found = gap_metrics(responses, old)

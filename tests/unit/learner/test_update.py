@@ -83,7 +83,7 @@ def test_layout_and_split_change_neither_gradients_nor_metrics(algorithm: Algori
 
 
 @pytest.mark.parametrize("algorithm", [PPO, APA], ids=["ppo", "apa"])
-def test_the_first_minibatch_has_a_ratio_of_one(algorithm: AlgorithmConfig) -> None:
+def test_i4_the_first_minibatch_has_a_ratio_of_one(algorithm: AlgorithmConfig) -> None:
     report = make(algorithm).update(scored_batch())
     assert report.metrics[names.POLICY_FIRST_RATIO_GAP] < 1e-5
     if isinstance(algorithm, PPOConfig):
@@ -159,7 +159,7 @@ def test_the_reported_kl_is_the_sum_over_each_response() -> None:
     assert report.metrics[names.SYNC_LOGPROB_GAP] < 1e-5
 
 
-def test_the_gap_to_the_engine_counts_tokens_of_this_version_only() -> None:
+def test_i21_the_gap_to_the_engine_counts_tokens_of_this_version_only() -> None:
     batch = on_policy(scored_batch())
     sampled = batch.rollouts[1].rollout.behavior_logprobs
     assert sampled is not None

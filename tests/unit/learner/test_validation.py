@@ -1,8 +1,6 @@
 """The validation of a reward model, against numbers by hand."""
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.validation import best_temperature, expected_calibration_error, paired_gain, validation_report
-
-VECTORS = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())
+from tests.reference_vectors import VECTORS
 
 
 def test_report_by_hand() -> None:

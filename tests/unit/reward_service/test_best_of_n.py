@@ -1,9 +1,7 @@
 """Best of n: the published numbers, and every subset counted out."""
 
 import itertools
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_service.best_of_n import expected_best, kl_bound
+from tests.reference_vectors import VECTORS
 
-VECTORS = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())
 POOL = st.lists(st.tuples(st.integers(0, 4), st.floats(-3, 3)), min_size=1, max_size=6)
 EXAMPLES = settings(deadline=None, derandomize=True)
 

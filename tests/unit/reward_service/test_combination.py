@@ -1,6 +1,5 @@
 """Several rewards as one: the published numbers, slow loops, and what no rule may depend on."""
 
-import json
 import math
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from configs.scoring import (
     SafetyFirstCombination,
 )
 from reward_service.combination import combine, linear, mean_minus_std, minimum, safety_first
+from tests.reference_vectors import VECTORS
 from tests.tiny_run import tiny_config
 
-VECTOR = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())["V13_llama2"]
+VECTOR = VECTORS["V13_llama2"]
 GATE = SafetyFirstCombination(helpfulness="a", safety="b")
 RULES = [LinearCombination(), MinimumCombination(), MeanMinusStdCombination(num_stds=0.7), GATE]
 ROWS = st.lists(st.tuples(st.floats(-4, 4), st.floats(-4, 4), st.booleans()), min_size=1, max_size=6)
@@ -67,6 +67,12 @@ def test_v13_linear_on_logits() -> None:
     scores = {"h": logits(VECTOR["R_h"]), "s": logits(VECTOR["R_s"])}
     found = linear(scores, weights={"h": 0.5, "s": 0.5})
     np.testing.assert_allclose(found, VECTOR["linear_on_logits_half"], atol=1e-8)
+    # On probabilities the sum saturates: another number, and one that is no sum of log-odds.
+    on_probabilities = linear(
+        {"h": np.array(VECTOR["R_h"]), "s": np.array(VECTOR["R_s"])}, weights={"h": 0.5, "s": 0.5}
+    )
+    np.testing.assert_allclose(on_probabilities, VECTOR["linear_half"], atol=1e-8)
+    assert np.abs(1 / (1 + np.exp(-found)) - VECTOR["linear_half"]).max() > 0.05
 
 
 def test_the_weighted_sum() -> None:

@@ -192,7 +192,7 @@ def test_which_side_is_called_first_does_not_matter() -> None:
 
 @given(st.permutations(["v0", "v1", "v2", "v3"]))
 @settings(max_examples=10, deadline=None)
-def test_relabelling_renames_the_ladder(names: list[str]) -> None:
+def test_i19_relabelling_renames_the_ladder(names: list[str]) -> None:
     renamed = [replace(c, first=names[int(c.first[1])], second=names[int(c.second[1])]) for c in VOTES]
     plain, other = fitted(VOTES, anchor="v0"), fitted(renamed, anchor=names[0])
     for place in range(4):
@@ -202,7 +202,7 @@ def test_relabelling_renames_the_ladder(names: list[str]) -> None:
         assert after.ci_sandwich == pytest.approx(before.ci_sandwich, abs=1e-7)
 
 
-def test_doubling_the_comparisons_keeps_the_ratings_and_shrinks_the_errors() -> None:
+def test_i19_doubling_the_comparisons_keeps_the_ratings_and_shrinks_the_errors() -> None:
     one, two = fitted(THREE), fitted([*THREE, *(replace(c, prompt_id=c.prompt_id + "'") for c in THREE)])
     assert elo(two) == pytest.approx(elo(one))
     for rating in one.ratings:

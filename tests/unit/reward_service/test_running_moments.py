@@ -1,8 +1,6 @@
 """Running moments: the published numbers, and the moments of everything at once."""
 
-import json
 import statistics
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reward_service.running_moments import RunningMoments
+from tests.reference_vectors import VECTORS
 
-VECTOR = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())["V12b_running_moments"]
+VECTOR = VECTORS["V12b_running_moments"]
 VALUES = st.lists(st.floats(-50, 50), min_size=2, max_size=12)
 
 
@@ -22,6 +21,9 @@ def test_v12b_two_batches() -> None:
     second = first.seen(np.array([5.0, 7.0]))
     assert (second.mean, second.std) == pytest.approx(VECTOR["after_2"], abs=1e-8)
     assert second.count == 6
+    assert VECTOR["numpy_check"] == VECTOR["after_2"]
+    once = RunningMoments().seen(np.array([1.0, 2.0, 3.0, 4.0, 5.0, 7.0]))
+    assert (once.mean, once.std) == pytest.approx(VECTOR["numpy_check"], abs=1e-8)
 
 
 @settings(deadline=None, derandomize=True)

@@ -1,12 +1,11 @@
 """Scores: calibration, combination, truncation rule, clip and scale, in the normative order."""
 
-import json
 import pickle
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from configs.scoring import (
     FunctionRewardConfig,
@@ -18,8 +17,8 @@ from configs.scoring import (
 from protocol.messages import FinishReason, PolicyVersions, Prompt, Rollout, RolloutKey
 from reward_service import scoring
 from reward_service.scoring import Calibration, RewardError
+from tests.reference_vectors import VECTORS
 
-VECTORS = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())
 KEYS = tuple(RolloutKey(0, 3, f"p{i}", 0) for i in range(3))
 
 
@@ -85,6 +84,24 @@ def test_truncation_rules_match_the_vectors(rule: str, expected: str | None) -> 
     )
     wanted = vector["score"] if expected is None else vector[expected]
     np.testing.assert_allclose(charged, wanted, atol=1e-6)
+
+
+def test_v19_a_factor_would_reward_the_truncation_of_a_negative_score() -> None:
+    vector = VECTORS["V19_eos"]
+    raw, ended = array(*vector["score"]), np.array(vector["has_eos"], bool)
+    scaled = np.where(ended, raw, 0.5 * raw)
+    np.testing.assert_allclose(scaled, vector["scale_0p5"], atol=1e-6)
+    assert scaled[2] > raw[2]
+    with pytest.raises(ValidationError, match="rule"):
+        TruncationConfig(rule="scale", penalty=0.5)
+    for rule in ("subtract", "replace"):
+        charged = scoring.apply_truncation(
+            raw,
+            finish_reasons=["stop" if end else "length" for end in ended],
+            truncation=TruncationConfig(rule=rule, penalty=1.0),
+        )
+        assert (charged[~ended] < raw[~ended]).all()
+        assert not np.allclose(charged, vector["scale_0p5"])
 
 
 def test_clip_comes_before_scale_and_is_counted() -> None:

@@ -43,17 +43,24 @@ def toy(vectors, gae_lambda: float, after: list[float]) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize(
     ("name", "gae_lambda", "after"),
     [
-        ("V3_gae_terminal", 0.95, [0.0, 0.0]),
+        ("V3_gae_terminal", None, [0.0, 0.0]),
         ("V3b_gae_lam1", 1.0, [0.0, 0.0]),
-        ("V3c_gae_seq1_truncated_bootstrap", 0.95, [0.0, -0.25]),
+        ("V3c_gae_seq1_truncated_bootstrap", None, "boot_values"),
         ("V3d_gae_lam0", 0.0, [0.0, 0.0]),
     ],
 )
-def test_v3_advantages_and_returns(vectors, name: str, gae_lambda: float, after: list[float]):
-    advantages, returns = toy(vectors, gae_lambda, after)
-    close(advantages, vectors[name]["adv"])
-    if "returns" in vectors[name]:
-        close(returns, vectors[name]["returns"])
+def test_v3_advantages_and_returns(vectors, name: str, gae_lambda: float | None, after: list[float] | str):
+    v = vectors[name]
+    gae_lambda = vectors["V3_gae_terminal"]["lam"] if gae_lambda is None else gae_lambda
+    advantages, returns = toy(vectors, gae_lambda, v[after] if isinstance(after, str) else after)
+    close(advantages, v["adv"])
+    if "returns" in v:
+        close(returns, v["returns"])
+
+
+def test_v3b_returns_are_rewards_to_go(vectors):
+    _, returns = toy(vectors, 1.0, [0.0, 0.0])
+    close(returns, vectors["V3b_gae_lam1"]["check_returns_eq_reward_to_go"])
 
 
 @given(batches(), st.integers(0, 3), FRACTIONS, FRACTIONS)

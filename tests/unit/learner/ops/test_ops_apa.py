@@ -14,7 +14,7 @@ from configs.algorithm import APAConfig
 from learner.ops import apa, ppo
 from learner.ops.advantages import gae
 from learner.ops.aggregate import token_weights, weighted_sum
-from learner.ops.kl import k2
+from learner.ops.kl import exact, k2
 from learner.ops.masked import whiten
 from learner.ops.rewards import per_token_rewards
 
@@ -34,6 +34,15 @@ def of(
     )
 
 
+def generic_loss(
+    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, lam: float
+) -> torch.Tensor:
+    """2 k2 - 2 A / lambda log(pi / ref) + (A / lambda)^2."""
+    penalty = k2(logprobs, ref_logprobs)
+    per_token = 2 * penalty - 2 / lam * advantages * (logprobs - ref_logprobs) + (advantages / lam).square()
+    return weighted_sum(per_token, weights)
+
+
 def token_mean(mask: torch.Tensor = MASK) -> torch.Tensor:
     return token_weights(mask, mode="token_mean", dtype=torch.float64)
 
@@ -51,6 +60,19 @@ def test_v8_loss_gradient_and_diagnostics(vectors, name: str, lam: float):
     close(diagnostics["approx_kl"], 0.5 * 0.1**2)
     close(diagnostics["ratio_mean"], math.exp(0.1))
     assert set(diagnostics) == {"approx_kl", "ratio_mean", "residual_mean", "target_positive_fraction"}
+    for row, t in MASK.nonzero().tolist():
+        only = t64([v["logp_init"][row][t]]), t64([v["adv"][row][t]]), t64([1.0])
+        close(of(t64([v["logp"][row][t]]), *only, lam)[0], v["loss_tok"][row][t], atol=2e-6)
+        # At its target a token costs nothing.
+        close(of(t64([v["target_logp"][row][t]]), *only, lam)[0], 0.0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["V8_apa_lambda_0.1", "V8_apa_lambda_1"])
+def test_i11_v8_the_loss_is_a_policy_gradient_with_a_k2_penalty(vectors, name: str):
+    v = vectors[name]
+    found = generic_loss(t64(v["logp"]), t64(v["logp_init"]), t64(v["adv"]), token_mean(), v["lam"])
+    close(found, v["expanded_identity"], atol=1e-6)
+    close(v["expanded_identity"], v["loss_token_mean"])
 
 
 def test_v8b_raw_advantages(vectors):
@@ -82,6 +104,7 @@ def test_i11_v8c_the_anchor_is_the_reference_and_not_the_old_policy(vectors):
 def test_v8d_the_loss_is_zero_at_a_normalised_target(vectors):
     v = vectors["V8d_apa_fixed_point"]
     pi_init, pi_star, advantages = t64(v["pi_init"]), t64(v["pi_star"]), t64(v["adv"])
+    close((pi_init * (advantages / v["lam"]).exp()).sum(), v["Z"], atol=2e-8)
     close(of(pi_star.log(), pi_init.log(), advantages, pi_init, v["lam"])[0], v["loss_at_pi_star"])
     close(of(pi_init.log(), pi_init.log(), advantages, pi_init, v["lam"])[0], v["loss_at_init"])
 
@@ -97,7 +120,18 @@ def test_v8e_the_least_squares_solution_where_targets_are_out_of_reach(vectors, 
     close(loss, expected["min_loss"], atol=1e-5)
     # The smallest probability has three digits in the vector, hence the tolerance.
     close(logits.grad, [0.0, 0.0, 0.0], atol=1e-3)
-    close((argmin * (argmin / pi_init).log()).sum(), expected["KL_argmin_init"], atol=1e-6)
+    close(exact(argmin.log(), pi_init.log()), expected["KL_argmin_init"], atol=1e-6)
+
+    # The tilted reference lies elsewhere: its residuals are all -log Z, so that it costs (log Z)^2 and no less.
+    z = expected["Z"]
+    tilted = (pi_init.log() + t64(v["adv"]) / float(lam)).log_softmax(0)
+    close(tilted.exp(), expected["pi_star_normalised"])
+    close(exact(tilted, pi_init.log()), expected["KL_pistar_init"])
+    star_loss, diagnostics = of(tilted, pi_init.log(), t64(v["adv"]), pi_init, float(lam))
+    close(diagnostics["residual_mean"], -math.log(z))
+    close(star_loss, math.log(z) ** 2)
+    assert star_loss > expected["min_loss"]
+    assert expected["KL_pistar_init"] > expected["KL_argmin_init"]
 
 
 def test_v8f_on_policy_gradient_is_that_of_the_regularised_objective(vectors):
@@ -124,6 +158,10 @@ def test_v8g_the_fixed_point_holds_for_any_normaliser_on_policy_only(vectors):
         loss.backward()
         close(logits.grad, expected, atol=5e-8)
         close(diagnostics["residual_mean"], v["minus_logZ"], atol=5e-8)
+    # Not only in the mean: each arm has the same residual.
+    for arm, expected in enumerate(v["residual_at_pi_star"]):
+        _, diagnostics = of(pi_star.log(), pi_init.log(), advantages, torch.eye(3, dtype=torch.float64)[arm], v["lam"])
+        close(diagnostics["residual_mean"], expected, atol=2e-7)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +179,14 @@ def test_v8h_limit_of_a_bandit(vectors, key: str, lam: float):
             advantages = advantages / ((pi * advantages.square()).sum() + 1e-8).sqrt()
         (gradient,) = torch.autograd.grad(of(logprobs, pi_init.log(), advantages, pi, lam)[0], logits)
         logits.data -= 0.2 * gradient
-    close(logits.softmax(0), v[key]["pi"], atol=1e-3)
+    found = logits.detach()
+    close(found.softmax(0), v[key]["pi"], atol=1e-3)
+    close(exact(found, pi_init.log()), v[key]["KL"], atol=5e-3)
+    if key.startswith("whiten"):
+        # Whitening divides by the spread under the policy: lambda counts for less, the surer the policy is.
+        pi = found.softmax(0)
+        spread = (pi * (rewards - (pi * rewards).sum()).square()).sum().sqrt()
+        close(lam * spread, v[key]["beta_eff"], atol=1e-3)
 
 
 @given(batches())
@@ -191,11 +236,8 @@ def test_i11_the_loss_is_a_policy_gradient_with_a_k2_penalty(batch: Batch):
         if path == "apa":
             loss = of(logprobs, batch.ref_logprobs, batch.advantages, weights, lam)[0]
         else:
-            log_ratio = (logprobs - batch.ref_logprobs)[batch.mask]
-            advantages = batch.advantages[batch.mask]
-            penalty = k2(logprobs[batch.mask], batch.ref_logprobs[batch.mask])
-            per_token = 2 * penalty - 2 / lam * advantages * log_ratio + (advantages / lam).square()
-            loss = weighted_sum(per_token, weights[batch.mask])
+            kept = (x[batch.mask] for x in (logprobs, batch.ref_logprobs, batch.advantages, weights))
+            loss = generic_loss(*kept, lam)
         loss.backward()
         paths.append((loss.detach(), logprobs.grad))
     close(paths[0][0], paths[1][0])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from op_batches import Batch, batches, close, garbage_values, t64
 
 from learner.ops import dpo
+from learner.ops.kl import exact
 
 LOGPROBS = st.floats(-40, -0.1)
 PAIRS = st.lists(st.tuples(LOGPROBS, LOGPROBS, LOGPROBS, LOGPROBS), min_size=1, max_size=5)
@@ -94,6 +95,11 @@ def test_v22_the_implicit_reward_of_the_optimal_policy(vectors):
     found = dpo.implicit_rewards(t64(v["pi_star"]).log(), t64(v["pi0"]).log(), beta=v["beta"])
     close(found, v["dpo_implicit"], atol=2e-7)
     close(found - t64(v["reward"]), v["implicit_minus_reward"], atol=2e-7)
+    # What the tilt is divided by, and what the optimum is worth: reward less KL.
+    pi, ref, beta = t64(v["pi_star"]), t64(v["pi0"]), v["beta"]
+    close((ref * (t64(v["reward"]) / beta).exp()).sum(), v["Z"])
+    close((pi * t64(v["reward"])).sum() - beta * exact(pi.log(), ref.log()), v["J"], atol=2e-8)
+    close(beta * math.log(v["Z"]), v["beta_logZ"])
     # At the optimum the loss of every pair is that of its true rewards: -log sigma(r_w - r_l).
     for w, x in ((2, 0), (2, 1), (1, 0)):
         pi, ref = t64(v["pi_star"]).log(), t64(v["pi0"]).log()

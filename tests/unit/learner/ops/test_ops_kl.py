@@ -16,13 +16,20 @@ from learner.ops.kl import AdaptiveKLController, FixedKLController, SequenceKL
 ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
 
 
-@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
-def test_v1_estimates_and_their_expectations(vectors, name: str):
+@pytest.mark.parametrize(("name", "expectation"), [("k1", "E_k1"), ("k2", "E_k2"), ("k3", "E_k3")])
+def test_v1_estimates_and_their_expectations(vectors, name: str, expectation: str):
     v = vectors["V1_kl"]
     pi, ref = t64(v["pi"]), t64(v["ref"])
     estimate = ESTIMATORS[name](pi.log(), ref.log())
     close(estimate, v[name])
-    close((pi * estimate).sum(), v[f"E_{name}"])
+    close((pi * estimate).sum(), v[expectation])
+    if name == "k1":
+        close(estimate, v["log_ratio"])
+
+
+def swapped_k3(pi: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+    """exp(lr) - 1 - lr: k3 with the log-ratio the wrong way round, which trlX calls KL."""
+    return pi / ref - 1 - (pi / ref).log()
 
 
 def test_v1_k1_and_k3_are_unbiased_and_k3_is_not_the_swapped_one(vectors):
@@ -30,7 +37,13 @@ def test_v1_k1_and_k3_are_unbiased_and_k3_is_not_the_swapped_one(vectors):
     pi, ref = t64(v["pi"]), t64(v["ref"])
     close((pi * kl.k1(pi.log(), ref.log())).sum(), v["exact_KL_pi_ref"])
     close((pi * kl.k3(pi.log(), ref.log())).sum(), v["exact_KL_pi_ref"])
+    close(swapped_k3(pi, ref), v["k3_trlx_swapped"])
     assert (kl.k3(pi.log(), ref.log()) - t64(v["k3_trlx_swapped"])).abs().max() > 1e-3
+    # The swapped one estimates the chi-squared divergence less the KL, and not the KL.
+    close((pi * swapped_k3(pi, ref)).sum(), v["E_trlx"])
+    close((pi * (pi / ref - 1)).sum(), v["chi2_pi_ref"])
+    close(v["chi2_pi_ref"] - kl.exact(pi.log(), ref.log()), v["chi2_minus_KL"])
+    assert abs((pi * kl.k3(pi.log(), ref.log())).sum() - v["E_trlx"]) > 5e-4
 
 
 def test_v1b_far_from_the_reference(vectors):
@@ -39,15 +52,26 @@ def test_v1b_far_from_the_reference(vectors):
     close((pi * kl.k1(pi.log(), ref.log())).sum(), v["exact_KL"])
     close((pi * kl.k2(pi.log(), ref.log())).sum(), v["E_k2"])
     close((pi * kl.k3(pi.log(), ref.log())).sum(), v["E_k3"])
+    close((pi * swapped_k3(pi, ref)).sum(), v["E_trlx"])
+    assert v["exact_KL"] - v["E_trlx"] > 0.05
 
 
-@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
-def test_v1c_expected_gradients_as_losses(vectors, name: str):
+@pytest.mark.parametrize(
+    ("name", "key"), [("k1", "E_grad_k1_as_loss"), ("k2", "E_grad_k2_as_loss"), ("k3", "E_grad_k3_as_loss")]
+)
+def test_v1c_expected_gradients_as_losses(vectors, name: str, key: str):
     v = vectors["V1_kl"]
     pi, ref = t64(v["pi"]), t64(v["ref"])
     logits = pi.log().requires_grad_()
     (pi * ESTIMATORS[name](logits.log_softmax(0), ref.log())).sum().backward()
-    close(logits.grad, vectors["V1c_kl_grads"][f"E_grad_{name}_as_loss"])
+    close(logits.grad, vectors["V1c_kl_grads"][key])
+
+
+def test_v1c_k3_as_a_loss_pulls_as_the_kl_the_other_way_round(vectors):
+    v = vectors["V1_kl"]
+    logits = t64(v["pi"]).log().requires_grad_()
+    kl.exact(t64(v["ref"]).log(), logits).backward()
+    close(logits.grad, vectors["V1c_kl_grads"]["grad_KL_ref_pi"])
 
 
 def score_function_gradient(logits: torch.Tensor, ref: torch.Tensor, name: str) -> torch.Tensor:
@@ -60,13 +84,23 @@ def score_function_gradient(logits: torch.Tensor, ref: torch.Tensor, name: str) 
 
 def test_v1d_k1_in_the_reward_has_the_gradient_of_the_kl(vectors):
     v = vectors["V1d_reward_k1_score_grad"]
-    close(score_function_gradient(t64(v["z"]), t64(v["pi_ref"]), "k1"), v["exact_grad_KL"])
+    close(score_function_gradient(t64(v["z"]), t64(v["pi_ref"]), "k1"), v["grad"])
+    logits = t64(v["z"]).requires_grad_()
+    kl.exact(logits, t64(v["pi_ref"]).log()).backward()
+    close(logits.grad, v["exact_grad_KL"])
 
 
-@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
-def test_v1e_only_k1_works_in_the_reward(vectors, name: str):
+@pytest.mark.parametrize(("name", "key"), [("k1", "score_grad_k1"), ("k2", "score_grad_k2"), ("k3", "score_grad_k3")])
+def test_v1e_only_k1_works_in_the_reward(vectors, name: str, key: str):
     v = vectors["V1e_k2_k3_as_reward"]
-    close(score_function_gradient(t64(v["pi"]).log(), t64(v["ref"]), name), v[f"score_grad_{name}"])
+    close(score_function_gradient(t64(v["pi"]).log(), t64(v["ref"]), name), v[key])
+
+
+def test_v1e_in_the_reward_k3_pulls_both_ways_at_once(vectors):
+    v = vectors["V1e_k2_k3_as_reward"]
+    logits, ref = t64(v["pi"]).log().requires_grad_(), t64(v["ref"]).log()
+    (kl.exact(logits, ref) - kl.exact(ref, logits)).backward()
+    close(logits.grad, v["gradKL_pi_ref_minus_gradKL_ref_pi"])
 
 
 @given(st.floats(-60, 60), st.floats(-60, 60))
@@ -154,10 +188,18 @@ def test_clamped_exponents_are_counted():
 
 def test_v2_the_kl_is_per_sequence(vectors):
     v = vectors["V2_reward"]
-    found = kl.kl_per_sequence(t64(v["logp"]), t64(v["ref_logp"]), mask=t64(v["mask"]).bool())
+    logprobs, ref, mask = t64(v["logp"]), t64(v["ref_logp"]), t64(v["mask"]).bool()
+    found = kl.kl_per_sequence(logprobs, ref, mask=mask)
     assert found.num_sequences == 2
     close(found.nats, v["metric_mean_seq_kl"])
-    assert abs(found.nats - v["metric_mean_token_kl"]) > 0.1
+    for row, nats in enumerate(v["kl_seq"]):
+        only = slice(row, row + 1)
+        close(kl.kl_per_sequence(logprobs[only], ref[only], mask=mask[only]).nats, nats)
+    # Neither the mean over tokens nor the one that counts padding as tokens too.
+    per_token = kl.k1(logprobs, ref)
+    close(per_token[mask].mean(), v["metric_mean_token_kl"])
+    close(torch.where(mask, per_token, 0).mean(), v["metric_mean_incl_pad"])
+    assert min(abs(found.nats - v[key]) for key in ("metric_mean_token_kl", "metric_mean_incl_pad")) > 0.1
 
 
 @given(batches(), st.integers(0, 3), st.randoms(use_true_random=False))
@@ -209,6 +251,19 @@ def test_v7_trace_of_the_adaptive_controller(vectors):
     for nats, _, beta in v["trace_current_err_beta"]:
         controller.update(SequenceKL(nats=nats, num_sequences=v["n_steps"]))
         close(controller.beta, beta)
+
+
+@pytest.mark.parametrize(("key", "num_sequences"), [("apa_repo_decay_floor_125M", 8), ("apa_repo_decay_6B_bs2", 2)])
+def test_v7_fed_a_kl_per_token_the_coefficient_can_only_decay(vectors, key: str, num_sequences: int):
+    """A token's KL never reaches a target meant for a sequence: each of 10,000 updates takes the largest step down."""
+    v = vectors["V7_adaptive_kl"]
+    fed, meant = adaptive(0.05, v["target"], v["horizon"]), adaptive(0.05, v["target"], v["horizon"])
+    for _ in range(10_000):
+        fed.update(SequenceKL(nats=0.1, num_sequences=num_sequences))
+        meant.update(SequenceKL(nats=0.1 * 128, num_sequences=num_sequences))
+    close(fed.beta, v[key])
+    # The same tokens summed over responses of 128, as the type has it: too far from the reference, so it rises.
+    assert meant.beta > 0.05
 
 
 def test_v7b_the_doubling_controller(vectors):

@@ -28,8 +28,13 @@ def test_v4_moments_are_masked_and_biased(vectors):
     close(var, v["var_biased"])
     close(masked.masked_mean(t64(v["adv"]), MASK), v["mean"])
     close(masked.masked_var(t64(v["adv"]), MASK), v["var_biased"])
+    # Neither the unbiased variance nor the moments of the padding's zero as well.
+    close(t64(v["adv"])[MASK].var(correction=1), v["var_unbiased"])
+    close(t64(v["adv"]).mean(), v["TRLX_unmasked_mean"])
+    close(t64(v["adv"]).var(correction=1), v["TRLX_unmasked_var_unbiased"])
     assert abs(var.item() - v["var_unbiased"]) > 0.1
     assert abs(mean.item() - v["TRLX_unmasked_mean"]) > 0.01
+    assert abs(var.item() - v["TRLX_unmasked_var_unbiased"]) > 0.005
 
 
 def test_v4_whitening(vectors):
@@ -40,6 +45,19 @@ def test_v4_whitening(vectors):
         v["whitened_biased"],
         atol=3e-8,
     )
+
+
+def test_v4_whitening_is_not_that_of_other_moments(vectors):
+    v = vectors["V4_whiten"]
+    values, found = t64(v["adv"]), masked.whiten(t64(v["adv"]), MASK)
+    mean, var = t64(v["mean"]), t64(v["var_unbiased"])
+    close(masked.whiten(values, MASK, mean=mean, var=var), v["whitened_unbiased"], atol=3e-8)
+    unmasked = masked.whiten(values, torch.ones_like(MASK), mean=values.mean(), var=values.var(correction=1))
+    close(unmasked, v["TRLX_unmasked_whitened"], atol=3e-8)
+    for other in (v["whitened_unbiased"], v["TRLX_unmasked_whitened"]):
+        assert ((found - t64(other))[MASK].abs() > 0.01).all()
+    # Without a mask even the padding gets a value.
+    assert unmasked[0, 3] != 0 == found[0, 3]
 
 
 def test_v4b_rewards_keep_their_mean(vectors):

@@ -114,6 +114,7 @@ def test_v17d_old_logprobs_by_interpolation(vectors):
     versions = (v["v_behave"], v["v_prox"], v["v_theta"])
     found = off_policy.interpolate_old_logprobs(t64(v["logp_behave"]), t64(v["logp_theta"]), versions=versions)
     close(found, v["logp_prox"])
+    close((found - v["logp_behave"]) / (v["logp_theta"] - v["logp_behave"]), v["alpha"])
     with pytest.raises(ValueError, match="ascend"):
         off_policy.interpolate_old_logprobs(t64(0.0), t64(0.0), versions=(3, 3, 3))
 
@@ -190,7 +191,7 @@ def test_i21_the_lags_sum_to_the_tokens(versions: list[int]):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_ratio_is_not_counted_twice(kind: str):
+def test_i20_the_same_ratio_is_not_counted_twice(kind: str):
     with pytest.raises(ValidationError, match="count the same ratio twice"):
         CorrectionConfig(weight=kind, old_policy="behavior")
 

@@ -1,6 +1,5 @@
 """The loss of rankings, and what it shares with the loss of the pairs that they order."""
 
-import itertools
 import math
 
 import pytest
@@ -58,13 +57,16 @@ def test_v11c_a_ranking_of_four(vectors):
 
 def test_v11c_and_v11e_the_pairs_of_a_ranking(vectors):
     v = vectors["V11c_kwise"]
-    pairs = list(itertools.combinations(v["scores_best_to_worst"], 2))
-    chosen, rejected = t64([w for w, _ in pairs]), t64([x for _, x in pairs])
+    pairs = [(v["scores_best_to_worst"][i], v["scores_best_to_worst"][j]) for i, j in v["pairs"]]
+    chosen, rejected = t64(pairs).unbind(1)
     close(pairwise_loss(chosen, rejected, weights=t64([1 / 6] * 6))[0], v["K_choose_2_mean"])
     for i, expected in enumerate(v["pair_losses"]):
         close(pairwise_loss(chosen[i : i + 1], rejected[i : i + 1], weights=t64([1.0]))[0], expected)
     v = vectors["V11e_ties"]
     kept = [(v["scores"][i], v["scores"][j]) for i, j in v["pairs_kept"]]
+    # The diagnostics of a ranking tell which pairs it counts: all but the two of one rank.
+    found = run([list(zip(v["scores"], v["ranks"], strict=True))])[1]
+    close(found["score_gap_mean"], sum(better - worse for better, worse in kept) / 5)
     close(pairwise_loss(*t64(kept).unbind(1), weights=t64([1 / 5] * 5))[0], v["loss"])
 
 

@@ -11,6 +11,7 @@ from configs.algorithm import PPOConfig
 from learner.ops import ppo
 from learner.ops.advantages import gae, normalize
 from learner.ops.aggregate import token_weights
+from learner.ops.kl import k3
 from learner.ops.rewards import per_token_rewards
 
 MASK = torch.tensor([[True, True, True, False], [True, True, True, True]])
@@ -96,6 +97,21 @@ def test_v5_diagnostics_and_gradient(vectors):
     close(diagnostics["ratio_mean"], sum(map(sum, v["ratio"])) / 7)
     assert set(diagnostics) == {"approx_kl", "clip_fraction", "ratio_mean"}
     assert (logprobs.grad != 0).double().tolist() == v["grad_mask_active"]
+    # The samples are of the old policy, which is therefore the one that k3 takes first.
+    close(k3(t64(v["old_logp"]), t64(v["new_logp"]))[MASK].mean(), v["approx_kl_k3"])
+
+
+def test_v5_loss_of_each_token_is_the_larger_one(vectors):
+    """Without a clip in reach the loss is the plain one; the clipped one is that of the clipped ratio."""
+    v = vectors["V5_ppo"]
+    out_of_reach = PPOConfig(clip_low=0.9, clip_high=9.0)
+    for row, t in MASK.nonzero().tolist():
+        advantage, ratio = v["adv"][row][t], v["ratio"][row][t]
+        plain = one_token(advantage, ratio, out_of_reach)[0]
+        clipped = one_token(advantage, min(max(ratio, 0.8), 1.2), out_of_reach)[0]
+        close(plain, v["loss_unclipped"][row][t], atol=2e-8)
+        close(clipped, v["loss_clipped"][row][t], atol=2e-8)
+        close(one_token(advantage, ratio, PPOConfig())[0], v["loss_tok"][row][t], atol=2e-8)
 
 
 def test_i8_v5b_truth_table_with_its_gradients(vectors):

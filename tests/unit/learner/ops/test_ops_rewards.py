@@ -17,10 +17,14 @@ def test_v2_rewards_per_token(vectors):
     )
     close(rewards, v["rewards"])
     close(rewards.sum(dim=1), v["score_minus_beta_kl"])
+    close(rewards.sum(dim=1), v["sum_rewards"])
+    # Without a score, minus the rewards per unit of the coefficient are the KL of each token.
+    options = {"mask": mask, "scores": t64([0.0, 0.0]), "kl_beta": -1.0}
+    close(per_token_rewards(t64(v["logp"]), t64(v["ref_logp"]), **options), v["kl_tok"])
     assert last_token_mask(mask).nonzero()[:, 1].tolist() == v["last_idx"]
 
 
-@pytest.mark.parametrize(("key", "last"), [("correct_mask", 2), ("action_mask_len_Tm1", 4)])
+@pytest.mark.parametrize(("key", "last"), [("correct_mask", 2), ("response_mask", 2), ("action_mask_len_Tm1", 4)])
 def test_v0_the_score_is_on_the_sampled_eos(vectors, key: str, last: int):
     v = vectors["V0_alignment"]
     mask = t64([v[key]]).bool()
