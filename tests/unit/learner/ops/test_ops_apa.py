@@ -236,8 +236,9 @@ def test_i11_the_loss_is_a_policy_gradient_with_a_k2_penalty(batch: Batch):
         if path == "apa":
             loss = of(logprobs, batch.ref_logprobs, batch.advantages, weights, lam)[0]
         else:
-            kept = (x[batch.mask] for x in (logprobs, batch.ref_logprobs, batch.advantages, weights))
-            loss = generic_loss(*kept, lam)
+            kept = batch.mask
+            now, ref, advantages = logprobs[kept], batch.ref_logprobs[kept], batch.advantages[kept]
+            loss = generic_loss(now, ref, advantages, weights[kept], lam)
         loss.backward()
         paths.append((loss.detach(), logprobs.grad))
     close(paths[0][0], paths[1][0])

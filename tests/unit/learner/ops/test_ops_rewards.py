@@ -38,6 +38,11 @@ def test_v0_the_score_is_on_the_sampled_eos(vectors, key: str, last: int):
 
 def test_v0_a_mask_that_is_off_by_one_would_pay_for_padding(vectors):
     v = vectors["V0_alignment"]
+    # Cut out of the attended positions where the first token is predicted, instead of where it is.
+    attended = [int(token != 0) for token in v["ids"]]
+    start, width = v["prompt_len"], len(v["response_mask"])
+    assert attended[start : start + width] == v["correct_mask"]
+    assert attended[start - 1 : start - 1 + width] == v["misaligned_mask_APA_repo"]
     assert last_token_mask(t64([v["misaligned_mask_APA_repo"]]).bool()).nonzero().tolist() != [[0, 2]]
 
 
