@@ -9,7 +9,7 @@ from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFlo
 from configs.rollout import RolloutConfig
 
 AdvantageNorm = Literal["none", "batch_std_only", "whiten"]
-KLEstimator = Literal["k1", "k2", "k3"]
+KLEstimator = Literal["k1", "k2", "k3", "k3+"]
 
 
 class KLControllerConfig(Section):
@@ -68,6 +68,7 @@ _WITHOUT_ADVANTAGES: dict[str, str] = (
         ("advantage", "gamma", "gae_lambda", "truncated_value", "critic_warmup_iterations", "adv_norm", "value_clip"),
         "it compares a prompt's responses by their scores, so that there are no advantages and no critic",
     )
+    | {"adv_norm_over": "there are no advantages", "repeat_minibatch": "its passes are reshuffled"}
     | dict.fromkeys(
         ("correction", *_OF_THE_RATIO), "it learns whole responses, without a ratio to the policy that sampled them"
     )
@@ -83,6 +84,9 @@ class AlgorithmBase(Section):
 
     not_here: ClassVar[Mapping[str, str]] = {}
     """Key of another algorithm -> why it has no meaning for this one, which "unknown key" would not say."""
+
+    one_pass: ClassVar[bool] = False
+    """Whether its loss is right for fresh samples alone, so that there is no second pass over them."""
 
     minibatch_responses: PositiveInt = 64
     """Responses in one optimiser step, over all ranks."""
@@ -129,6 +133,12 @@ class PolicyGradientBase(AlgorithmBase):
     critic_warmup_iterations: NonNegativeInt = 0
     """Iterations at the start that train the critic alone; without a critic there are none."""
     correction: CorrectionConfig = CorrectionConfig()
+    adv_norm_over: Literal["batch", "minibatch"] = "batch"
+    """Whose mean and deviation `adv_norm = whiten` takes: the batch's, once, or (as the APA paper's released code does)
+    those of each minibatch over all ranks, so that an advantage depends on who shares the step."""
+    repeat_minibatch: bool = False
+    """Each minibatch is stepped `num_epochs` times in a row before the next one (as in the APA paper's released code),
+    instead of reshuffled passes."""
 
     @property
     def has_critic(self) -> bool:
@@ -174,6 +184,29 @@ class PolicyGradientBase(AlgorithmBase):
             raise ValueError(
                 f"truncated_value = bootstrap needs a critic's estimate, and advantage = {self.advantage} has no critic"
             )
+        # A default may have been spelled out by a file that this switches from; anything else is meant to do something.
+        for key in ("gae_lambda", "value_clip"):
+            value, default = dict(self)[key], type(self).model_fields[key].default
+            if value != default:
+                raise ValueError(
+                    f"{key} = {value} is of the critic, and advantage = {self.advantage} has none: use "
+                    "advantage = gae, or leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_have_what_they_need(self) -> Self:
+        adv_norm = dict(self)["adv_norm"]
+        if self.adv_norm_over == "minibatch" and adv_norm != "whiten":
+            raise ValueError(
+                f"adv_norm_over = minibatch says whose moments whitening takes, and adv_norm = {adv_norm} does not "
+                "whiten: use adv_norm = whiten, or adv_norm_over = batch"
+            )
+        if self.repeat_minibatch and self.num_epochs == 1:
+            raise ValueError(
+                "repeat_minibatch takes each minibatch num_epochs times in a row, and num_epochs = 1: use two or more, "
+                "or repeat_minibatch = false"
+            )
         return self
 
     @model_validator(mode="after")
@@ -197,7 +230,7 @@ class PenalizedBase(PolicyGradientBase):
     """Where the KL is charged: token by token in the reward, or as a term of the loss."""
     kl_estimator: KLEstimator = "k1"
     """k1 = lr for the reward; k2 = lr^2 / 2 for the loss, where its gradient is that of KL(policy || reference). k3 in
-    the loss has the gradient of the KL the other way round."""
+    the loss has the gradient of the KL the other way round; `k3+` has the value of k3 and the gradient of k2."""
     entropy_bonus: NonNegativeFloat = 0.0
     """Coefficient of the mean entropy per token, which is subtracted from the loss."""
 
@@ -211,7 +244,7 @@ class PenalizedBase(PolicyGradientBase):
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 "kl_estimator = k1 in the loss has an expected gradient of zero, so the penalty would do nothing; "
-                "use kl_estimator = k2"
+                "use kl_estimator = k2 (or k3+)"
             )
         return self
 
@@ -277,9 +310,19 @@ class A2CConfig(PenalizedBase):
     """Advantage actor-critic: the plain policy gradient, without a ratio, for fresh samples."""
 
     not_here = _WITHOUT_RATIO
+    one_pass: ClassVar[bool] = True
     name: Literal["a2c"] = "a2c"
     value_clip: PositiveFloat | None = None
     adv_norm: AdvantageNorm = "whiten"
+
+    @model_validator(mode="after")
+    def _samples_are_fresh(self) -> Self:
+        if self.num_epochs > 1:
+            raise ValueError(
+                f"num_epochs = {self.num_epochs}: the loss of a2c has no ratio to the policy that sampled, so that a "
+                "second pass would take old samples for fresh ones; use num_epochs = 1, or ppo, which has the ratio"
+            )
+        return self
 
 
 class SelectionBase(AlgorithmBase):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from configs import yaml_tree
 from configs.addresses import with_passwords
-from configs.algorithm import AlgorithmConfig
+from configs.algorithm import AlgorithmBase, AlgorithmConfig
 from configs.run import RunConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -134,13 +134,20 @@ def _for_algorithm(section: dict[str, Any], name: str) -> dict[str, Any]:
 
     Settings of the file that the new algorithm does not have are set aside, and said so.
     """
-    classes = {str(model.model_fields["name"].default): model for model in _models_in(AlgorithmConfig)}
+    classes = {
+        str(model.model_fields["name"].default): model
+        for model in _models_in(AlgorithmConfig)
+        if issubclass(model, AlgorithmBase)
+    }
     if name not in classes:
         return {**section, "name": name}
     known = classes[name].model_fields
-    for key in (key for key in section if key not in known):
+    unfit = [key for key in section if key not in known]
+    if classes[name].one_pass and section.get("num_epochs", 1) != 1:
+        unfit.append("num_epochs")
+    for key in unfit:
         _LOG.warning("algorithm.%s = %s in the file does not apply to %s and is set aside", key, section[key], name)
-    return {key: value for key, value in section.items() if key in known} | {"name": name}
+    return {key: value for key, value in section.items() if key not in unfit} | {"name": name}
 
 
 def _explain(error: ValidationError, source: str) -> str:

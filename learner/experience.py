@@ -93,6 +93,12 @@ class ResponseBatch:
         row = int(torch.searchsorted(self.starts, position, right=True)) - 1
         return f"token {position - int(self.starts[row])} of rollout {self.keys[row]}"
 
+    def only(self, indices: list[int]) -> Tensor:
+        """Mask the tokens of some responses: [B, T]."""
+        mask = torch.zeros_like(self.mask)
+        mask[indices] = self.mask[indices]
+        return mask
+
     def split(self, flat: Tensor) -> list[Tensor]:
         """Cut a flat vector [N] into one part a response."""
         ends = [*self.starts.tolist()[1:], len(flat)]
@@ -126,7 +132,7 @@ class TrainBatch:
     responses: ResponseBatch
     opinions: Opinions
     advantages: Tensor
-    """[N] normalised as `adv_norm` says."""
+    """[N] normalised as `adv_norm` says; as estimated where each minibatch is whitened apart."""
     value_targets: ValueTargets | None
     """None where there is no critic."""
     corrections: Tensor
@@ -298,7 +304,8 @@ def estimate(
     if not var.isfinite():  # in fp32 already at advantages of 1e19: dividing by it would make nothing of all of them
         largest = int(raw[mask].abs().argmax())
         raise NonFiniteError("variance of the advantages", f"{responses.place(largest)}, the largest advantage")
-    normalized = advantage_ops.normalize(raw, mask, mode=algorithm.adv_norm, mean=mean, var=var)
+    mode = algorithm.adv_norm if algorithm.adv_norm_over == "batch" else "none"
+    normalized = advantage_ops.normalize(raw, mask, mode=mode, mean=mean, var=var)
     responses.require_finite("normalised advantage", normalized[mask])
     return TrainBatch(
         responses=responses,

@@ -1,16 +1,17 @@
-"""One iteration of learning: epochs over reshuffled minibatches, each one step of the policy and one of the critic.
+"""One iteration of learning: epochs over shuffled minibatches, each one step of the policy and one of the critic.
 
 What is learned depends on the batch, the settings and the seed alone: not on padding, micro-batches, ranks or ZeRO.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from statistics import fmean
 
-import torch
 from torch import Tensor
 
-from configs.algorithm import PenalizedBase, PolicyGradientConfig, PPOConfig
+from configs.algorithm import APAConfig, PenalizedBase, PolicyGradientConfig, PPOConfig
 from configs.learner import BatchGuardsConfig
 from learner.batch import TokenSequence, minibatches, shuffle_seed
 from learner.experience import PassSettings, TrainBatch, estimate, evaluate, flatten, passes
@@ -132,14 +133,12 @@ class Updater:
             self.controller.update(train.kl)
         rehearsal = self._rehearsal(batch) if trains_policy else None
         is_far_enough = False
-        for epoch in range(algorithm.num_epochs):
-            seed = shuffle_seed(self.settings.run_seed, batch.round, batch.iteration, epoch)
-            for indices in minibatches(len(responses.keys), size=algorithm.minibatch_responses, seed=seed):
-                if rehearsal is not None and not rehearsal.log.num_steps:
-                    metrics |= self._gradient_ratio(train, indices, kl_beta=beta, probe=self._rehearsal(batch))
-                moves_policy = trains_policy and not is_far_enough
-                self._step(train, indices, policy=policy if moves_policy else None, critic=critic, rehearsal=rehearsal)
-                is_far_enough = is_far_enough or (moves_policy and policy.is_far_enough)
+        for indices in self._minibatches(batch, len(responses.keys)):
+            if rehearsal is not None and not rehearsal.log.num_steps:
+                metrics |= self._gradient_ratio(train, indices, kl_beta=beta, probe=self._rehearsal(batch))
+            moves_policy = trains_policy and not is_far_enough
+            self._step(train, indices, policy=policy if moves_policy else None, critic=critic, rehearsal=rehearsal)
+            is_far_enough = is_far_enough or (moves_policy and policy.is_far_enough)
 
         for engine in self.engines.values():
             engine.require_finite_parameters()
@@ -147,6 +146,8 @@ class Updater:
             metrics |= {} if (nll := summary.mean("nll")) is None else {names.POLICY_PTX_NLL: nll}
         logs = [policy.log] if critic is None else [policy.log, critic.log]
         metrics |= step_metrics(policy.log, None if critic is None else critic.log)
+        if isinstance(algorithm, APAConfig) and policy.minibatch_stds:  # what each step's advantages were divided by
+            metrics[names.POLICY_BETA_EFF] = algorithm.apa_lambda * fmean(policy.minibatch_stds)
         if isinstance(algorithm, PPOConfig) and algorithm.max_approx_kl is not None:
             metrics[names.POLICY_STOPPED_EARLY] = float(is_far_enough)
         return UpdateReport(
@@ -155,6 +156,15 @@ class Updater:
             num_skipped_steps=sum(log.num_skipped for log in logs),
             kl_nats_per_sequence=dict(zip(responses.keys, train.kl_nats.tolist(), strict=True)),
         )
+
+    def _minibatches(self, batch: ScoredBatch, num_responses: int) -> Iterator[list[int]]:
+        """Choose each step's responses: reshuffled passes, or a single one that takes each minibatch several times."""
+        algorithm = self.settings.algorithm
+        passes, times = (1, algorithm.num_epochs) if algorithm.repeat_minibatch else (algorithm.num_epochs, 1)
+        for epoch in range(passes):
+            seed = shuffle_seed(self.settings.run_seed, batch.round, batch.iteration, epoch)
+            for indices in minibatches(num_responses, size=algorithm.minibatch_responses, seed=seed):
+                yield from repeat(indices, times)
 
     def _step(
         self,
@@ -168,7 +178,7 @@ class Updater:
         """Take one step of each side that learns; the pretraining gradient is part of the policy's."""
         if policy is not None and rehearsal is not None:
             rehearsal.learn(rehearsal.choose(), last=False)
-        self._learn(train, indices, [side for side in (policy, critic) if side is not None])
+        self._learn(train, indices, policy=policy, critic=critic)
         if policy is not None:
             result = policy.step()
             if rehearsal is not None:
@@ -176,10 +186,15 @@ class Updater:
         if critic is not None:
             critic.step()
 
-    def _learn(self, train: TrainBatch, indices: list[int], sides: Sequence[PolicySteps | CriticSteps]) -> None:
-        """Add the gradient of one minibatch to each side's step."""
+    def _learn(
+        self, train: TrainBatch, indices: list[int], *, policy: PolicySteps | None, critic: CriticSteps | None
+    ) -> None:
+        """Add the gradient of one minibatch to the step of each side that learns."""
+        sides = [side for side in (policy, critic) if side is not None]
         if not sides:
             return
+        if policy is not None:
+            policy.begin(indices)
         weights = self._weights(train, indices)
         own = list(passes(train.responses, indices, settings=self.settings.passes, engine=self.policy))
         for number, (micro_batch, index, _) in enumerate(own):
@@ -212,7 +227,7 @@ class Updater:
         """Measure the two gradients of a step apart, at the price of one more pass over both."""
         if probe is None:
             return {}
-        self._learn(train, indices, [self._policy_steps(train, kl_beta=kl_beta)])
+        self._learn(train, indices, policy=self._policy_steps(train, kl_beta=kl_beta), critic=None)
         policy_norm = self.policy.measure()
         probe.learn(probe.choose(), last=True)
         ratio = self.policy.measure() / policy_norm if policy_norm else math.inf
@@ -220,9 +235,9 @@ class Updater:
 
     def _weights(self, train: TrainBatch, indices: list[int]) -> Tensor:
         """Weigh the tokens of one minibatch: flat [N] over the whole batch, zero elsewhere."""
-        mask = torch.zeros_like(train.responses.mask)
-        mask[indices] = train.responses.mask[indices]
         weights = token_weights(
-            mask, mode=self.settings.algorithm.aggregation, constant=self.settings.max_response_tokens
+            train.responses.only(indices),
+            mode=self.settings.algorithm.aggregation,
+            constant=self.settings.max_response_tokens,
         )
         return weights[train.responses.mask]

@@ -1,5 +1,7 @@
 """The two sides of an update, policy and critic: how each turns a micro-batch into a loss and takes its steps."""
 
+import math
+
 from torch import Tensor
 
 from configs.algorithm import (
@@ -15,6 +17,7 @@ from learner.batch import MicroBatch
 from learner.experience import TrainBatch, ValueTargets
 from learner.ops import a2c, apa, awr, kl, ppo, value
 from learner.ops.aggregate import weighted_sum
+from learner.ops.masked import moments, whiten
 from learner.step_log import StepLog
 from learner.training import StepResult, TrainingEngine
 
@@ -40,7 +43,10 @@ class PolicySteps:
         kl_beta: float,
     ) -> None:
         self.log = StepLog(engine)
+        self.minibatch_stds: list[float] = []
+        """Of the advantages, one a minibatch; empty where the whole batch is normalised."""
         self._engine, self._train, self._algorithm = engine, train, algorithm
+        self._advantages = train.advantages
         self._temperature, self._kl_beta = temperature, kl_beta
         penalized = algorithm if isinstance(algorithm, PenalizedBase) else None
         self._entropy_bonus = 0.0 if penalized is None else penalized.entropy_bonus
@@ -53,6 +59,12 @@ class PolicySteps:
             if train.responses.behavior_logprobs is None:
                 raise ValueError("correction.old_policy = behavior needs behaviour log-probs")
             self._old_logprobs = train.responses.behavior_logprobs
+
+    def begin(self, indices: list[int]) -> None:
+        """Turn to the minibatch of these responses, before its first micro-batch."""
+        if self._algorithm.adv_norm_over == "minibatch":
+            self._advantages, std = _whiten_apart(self._train, indices)
+            self.minibatch_stds.append(std)
 
     def learn(self, m: MicroBatch, index: Tensor, *, weights: Tensor, last: bool) -> None:
         """Add a micro-batch's gradient to the step's.
@@ -96,7 +108,7 @@ class PolicySteps:
         tensors = {
             "old_logprobs": self._old_logprobs[index],
             "ref_logprobs": train.responses.ref_logprobs[index],
-            "advantages": train.advantages[index],
+            "advantages": self._advantages[index],
             "weights": weights * train.corrections[index],
         }
         match self._algorithm:
@@ -119,6 +131,26 @@ class PolicySteps:
         ratio_gaps = (logprobs.detach() - tensors["old_logprobs"]).expm1().abs()
         self.log.add(loss, diagnostics, weights=tensors["weights"], watched=ratio_gaps)
         return loss
+
+
+def _whiten_apart(train: TrainBatch, indices: list[int]) -> tuple[Tensor, float]:
+    """Whiten the advantages of one minibatch by its own moments, over all of its ranks and micro-batches.
+
+    Args:
+        train: The batch, with advantages as estimated.
+        indices: The responses of the minibatch.
+
+    Returns:
+        Advantages [N], zero outside the minibatch; and the standard deviation that they were divided by.
+
+    Raises:
+        NonFiniteError: If one of them is not finite.
+    """
+    mask = train.responses.only(indices)[train.responses.mask]
+    mean, var = moments(train.advantages, mask)
+    whitened = whiten(train.advantages, mask, mean=mean, var=var)
+    train.responses.require_finite("normalised advantage", whitened)
+    return whitened, math.sqrt(float(var))
 
 
 class CriticSteps:

@@ -7,16 +7,22 @@ First the grid of learning rates on seed 0 (algorithms/learning_rates.csv), then
     apa             lambda 0.1, raw advantages, as the paper has it
     ppo             the adaptive controller at 6 nats per sequence
     awr             lambda 1, weights up to 20
-    apa, released   whitened advantages, as in the released code
-    ppo, released   the controller is fed what the released code computes
+    apa, released   as the released code does it: see below
+    ppo, released   the same, and the controller is fed what the released code computes
 
-The released code differs in more: APA whitens each minibatch apart and counts its padding; PPO has another learning
-rate at some sizes, a critic on the policy's trunk and other sampling. Here all arms share these, and whitening is over
-the batch, so that a difference is one of the algorithms; "the arm that copies the released code" is to be read so.
+Both released arms whiten each minibatch's advantages by its own moments and step each minibatch twice in a row, as the
+released code does; the other arms make two shuffled passes, APA with raw advantages and the others whitened over the
+batch. As released, APA and PPO have no KL in the reward and one that is steered, which the arms of the papers have too.
+
+The released code differs in more, which no setting of the learner expresses or all arms share, so that a difference
+is one of the algorithms: it counts padding in the moments of a minibatch and divides scores by their running deviation;
+PPO has another learning rate at some sizes and a critic on the policy's trunk, APA other sampling. "The arm that copies
+the released code" is to be read so.
 Writes curves below raw/, learning_rates.csv, summary.csv, verdicts.json and algorithms.png.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +33,8 @@ from benchmarks.experiments.laboratory.report import MATCHED_NATS, BySeed
 from benchmarks.experiments.laboratory.verdicts import Claim, at_kl, judge, last, paired, turns
 
 NAME = "algorithms"
+RELEASED: dict[str, Any] = {"adv_norm": "whiten", "adv_norm_over": "minibatch", "repeat_minibatch": True}
+"""What the released code does in both algorithms."""
 ENTROPY_LEFT = 0.1
 """AWR's entropy has collapsed where less than this share of the supervised policy's is left."""
 
@@ -54,10 +62,10 @@ def arms(command: Command, rates: dict[str, float]) -> list[Arm]:
     for seed in plan.seeds:
         for name, algorithm in ALGORITHMS.items():
             found.append(plan.arm(NAME, name, algorithm, learning_rate=rates[name], seed=seed))
-        whitened = tempered(ALGORITHMS["apa"], adv_norm="whiten")
-        found.append(plan.arm(NAME, "apa-released", whitened, learning_rate=rates["apa"], seed=seed))
+        apa, ppo = (tempered(ALGORITHMS[name], **RELEASED) for name in ("apa", "ppo"))
+        found.append(plan.arm(NAME, "apa-released", apa, learning_rate=rates["apa"], seed=seed))
         wrong = {"wrong_unit": "released", "learning_rate": rates["ppo"], "seed": seed}
-        found.append(plan.arm(NAME, "ppo-released", ALGORITHMS["ppo"], **wrong))
+        found.append(plan.arm(NAME, "ppo-released", ppo, **wrong))
     return found
 
 

@@ -2,9 +2,9 @@
 
 With lr = log policy - log reference on tokens that the policy sampled, k1 = lr and k3 have the KL as expectation
 and k2 agrees to second order. Their gradients differ from their values: k1 belongs in the reward only (as a loss
-its expected gradient is zero), k2 in a loss only, and k3 is for watching. The controllers take the KL per sequence,
-in a type of its own, because a mean per token would be smaller by the length of a response and move the coefficient
-the wrong way.
+its expected gradient is zero), k2 (or k3+, with its gradient) in a loss only, and k3 is for watching. The controllers
+take the KL per sequence, in a type of its own, because a mean per token would be smaller by the length of a response
+and move the coefficient the wrong way.
 """
 
 import math
@@ -89,6 +89,25 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1((-log_ratio).clamp(-MAX_EXPONENT, MAX_EXPONENT)) + log_ratio
 
 
+def k3_plus(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Estimate the KL by k3, with the gradient of k2.
+
+        value k3,  gradient d k2 = lr d lr
+
+    Source: verl, core_algos.py:1853-1864 ("straight-through").
+
+    Args:
+        logprobs: Any shape, nats; the policy's, of tokens that it sampled.
+        ref_logprobs: The same shape, nats; the reference's, of the same tokens.
+
+    Returns:
+        Nats per token. Unbiased in value, and as a loss its expected gradient is that of the KL; not for a reward,
+        where the value alone would count.
+    """
+    squared = k2(logprobs, ref_logprobs)
+    return squared - squared.detach() + k3(logprobs, ref_logprobs).detach()
+
+
 def exact(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Compute the KL of the next-token distributions at visited states, over the whole vocabulary.
 
@@ -116,7 +135,7 @@ def penalty(logprobs: Tensor, *, ref_logprobs: Tensor, weights: Tensor, estimato
 
         sum_t k_t W_t
 
-    With k2 the expected gradient is that of KL(pi || ref), with k3 that of KL(ref || pi).
+    With k2 and k3+ the expected gradient is that of KL(pi || ref), with k3 that of KL(ref || pi).
 
     Args:
         logprobs: `[B, T]` or `[N]`, nats; the policy's now.
@@ -134,7 +153,7 @@ def penalty(logprobs: Tensor, *, ref_logprobs: Tensor, weights: Tensor, estimato
     if estimator == "k1":
         raise ValueError("k1 as a loss has an expected gradient of zero: use k2")
     log_ratio = where_weighted(logprobs - ref_logprobs.detach(), weights)
-    estimate = k2 if estimator == "k2" else k3
+    estimate = {"k2": k2, "k3": k3, "k3+": k3_plus}[estimator]
     return weighted_sum(estimate(log_ratio, torch.zeros_like(log_ratio)), weights)
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from benchmarks.experiments.laboratory.sampling import Samples, distance, logpro
 from benchmarks.experiments.laboratory.units import PerTokenUpdater, WrongUnit
 from benchmarks.experiments.laboratory.world import RewardModel, RewardSpec, Size, World
 from configs.algorithm import AlgorithmConfig, DPOConfig, RFTConfig
+from configs.base import Section
 from configs.scoring import CombineConfig, LinearCombination
 from learner.selection_update import SelectionSettings, SelectionUpdater
 from learner.supervised_loop import stage_seed
@@ -38,6 +39,16 @@ CRITIC_RATE = 2e-3
 MISSING_EOS_PENALTY = 1.0
 """In standard deviations of the score, taken from responses that were cut."""
 NUM_EVALUATED = 256
+FIRST_KEYS = frozenset((
+    "minibatch_responses", "num_epochs", "name", "advantage", "gamma", "gae_lambda", "truncated_value",
+    "aggregation", "critic_warmup_iterations", "correction", "weight", "low", "high", "old_policy", "alarm_k3",
+    "kl_beta", "kl_controller", "kind", "target_nats_per_sequence", "horizon_episodes", "kl_in", "kl_estimator",
+    "entropy_bonus", "clip_low", "clip_high", "dual_clip", "max_approx_kl", "value_clip", "adv_norm",
+    "ptx_coefficient", "ptx_texts", "apa_lambda", "awr_lambda", "max_weight", "dpo_beta", "flip_probability",
+    "kept_per_prompt", "memory_responses", "num_stds", "helpfulness", "safety", "threshold", "tag",
+))  # fmt: skip
+"""Keys of `algorithm` and `combination` that the first digests counted, with their default or not. No key is added to
+these; the default of a key that is none of them stays as it is, since curves have it that do not say so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +76,28 @@ class Arm:
 
     @property
     def digest(self) -> str:
-        """Name what decides about the curve: everything but what the arm is called."""
-        return f"{zlib.crc32(repr(replace(self, experiment='', name='')).encode()):08x}"
+        """Name what decides about the curve: everything but what the arm is called.
+
+        A key that the configuration has got since the first curves counts only where it is set: a curve stays that of
+        its settings when there are more of them.
+        """
+        anonymous = replace(self, experiment="", name="")
+        settings = ", ".join(f"{own.name}={described(getattr(anonymous, own.name))}" for own in fields(anonymous))
+        return f"{zlib.crc32(f'Arm({settings})'.encode()):08x}"
 
     @property
     def file(self) -> str:
         """The curve's place below the folder of results; different settings have different files."""
         return f"{self.experiment}/raw/{self.name}-seed{self.seed}-{self.digest}.csv"
+
+
+def described(value: object) -> str:
+    """Write a setting as `repr` does, but for keys of the configuration that came later and have their default."""
+    if not isinstance(value, Section):
+        return repr(value)
+    known = type(value).model_fields
+    counted = [(key, one) for key, one in value if key in FIRST_KEYS or one != known[key].get_default()]
+    return f"{type(value).__name__}({', '.join(f'{key}={described(one)}' for key, one in counted)})"
 
 
 class Scorer:

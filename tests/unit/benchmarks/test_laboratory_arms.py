@@ -1,17 +1,20 @@
 """Arms: what the learner is given, wrong units, files by settings, and a queue that goes on where it stopped."""
 
 import csv
+from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.experiments import algorithms
 from benchmarks.experiments.laboratory.arm_queue import Places, Task, run_all, run_tasks
-from benchmarks.experiments.laboratory.arms import Arm, curve, run
+from benchmarks.experiments.laboratory.arms import Arm, curve, described, run
 from benchmarks.experiments.laboratory.language import worth
-from benchmarks.experiments.laboratory.plan import ALGORITHMS, SLICE, tempered
+from benchmarks.experiments.laboratory.plan import ALGORITHMS, FULL, SLICE, parse, tempered
 from benchmarks.experiments.laboratory.units import WrongUnitController, mistaken_kl
 from benchmarks.experiments.laboratory.world import RewardSpec, Size, World
 from configs.algorithm import KLControllerConfig
+from configs.base import Section
 from learner.ops.kl import AdaptiveKLController, SequenceKL
 from tests.learner_batches import scored_batch
 
@@ -76,6 +79,50 @@ def test_other_settings_have_other_files() -> None:
         arm(rewards=(RewardSpec(num_pairs=41),)),
     ]
     assert len({a.file for a in [base, *others]}) == 5
+
+
+DIGESTS = {
+    ("apa", 4e-4, None): "ab9b0aa2",
+    ("ppo", 1e-4, None): "b2ca94e5",
+    ("ppo", 1e-4, "released"): "22fcce13",
+    ("awr", 2.5e-5, None): "8bacaf72",
+}
+"""By algorithm, learning rate and wrong unit: of the curves of seed 1 in docs/experiments/algorithms/raw."""
+
+
+@pytest.mark.parametrize("which", DIGESTS, ids=str)
+def test_a_digest_stays_what_it_was_when_the_configuration_gets_more_keys(which: tuple[Any, ...]) -> None:
+    name, rate, unit = which
+    mine = FULL.arm("any", "any", ALGORITHMS[name], learning_rate=rate, seed=1, wrong_unit=unit)
+    assert mine.digest == DIGESTS[which]
+
+
+def test_a_key_that_came_later_counts_where_it_is_set() -> None:
+    class First(Section):
+        kl_beta: float = 0.1
+
+    class Grown(First):
+        invented: bool = False
+
+    first, default, other = described(First()), described(Grown()), described(Grown(invented=True))
+    assert (first, default) == ("First(kl_beta=0.1)", "Grown(kl_beta=0.1)")
+    assert other == "Grown(kl_beta=0.1, invented=True)"
+    assert described(First(kl_beta=0.2)) == repr(First(kl_beta=0.2))
+    settings = [{"repeat_minibatch": True}, {"adv_norm_over": "minibatch"}, {}]
+    assert len({arm(algorithm=tempered(ALGORITHMS["ppo"], **s)).file for s in settings}) == 3
+
+
+def test_the_arms_as_released_whiten_and_repeat_each_minibatch_and_keep_what_else_they_had() -> None:
+    command = parse("", [])
+    found = {a.name: a for a in algorithms.arms(command, {"apa": 4e-4, "ppo": 1e-4, "awr": 2.5e-5}) if a.seed == 1}
+    assert list(found) == ["apa", "ppo", "awr", "apa-released", "ppo-released"]
+    theirs = {"adv_norm": "whiten", "adv_norm_over": "minibatch", "repeat_minibatch": True}
+    for name in ("apa", "ppo"):
+        plain, released = found[name], found[f"{name}-released"]
+        assert released.algorithm.model_dump() == plain.algorithm.model_dump() | theirs
+        assert released.learning_rate == plain.learning_rate
+        assert released.digest != plain.digest
+    assert [a.wrong_unit for a in found.values()] == [None, None, None, None, "released"]
 
 
 def test_experiments_share_the_arms_that_they_have_in_common(tmp_path) -> None:

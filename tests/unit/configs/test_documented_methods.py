@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.algorithm import DPOConfig, RFTConfig
+from configs.algorithm import DPOConfig, PPOConfig, RFTConfig
 from configs.load import load
 from protocol import metrics
 from tests.command_line import command
@@ -44,6 +44,13 @@ def test_every_key_stands_with_its_default(section: type[DPOConfig | RFTConfig])
     fields = {key: info.default for key, info in section.model_fields.items() if key != "name"}
     assert dict(zip(keys, defaults, strict=True)) == {key: f"{default:g}" if isinstance(default, float) else
                                                       str(default) for key, default in fields.items()}  # fmt: skip
+
+
+def test_the_keys_of_other_codes_stand_with_their_defaults() -> None:
+    rows = re.findall(r"^\| `(adv_norm_over|repeat_minibatch|kl_estimator)`.*? \| `(\w+)` \|", TEXT, flags=re.MULTILINE)
+    defaults = {key: str(PPOConfig.model_fields[key].default).lower() for key, _ in rows}
+    assert len(rows) == 3
+    assert dict(rows) == defaults
 
 
 def test_the_metrics_that_it_speaks_of_exist() -> None:

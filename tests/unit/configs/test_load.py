@@ -152,6 +152,26 @@ def test_one_line_switches_the_algorithm(name: str) -> None:
     assert config.minibatches_per_epoch == 128 / 32
 
 
+def test_one_line_switches_from_a_file_that_makes_two_passes_to_an_algorithm_of_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert load("hh_pythia_1b_apa").algorithm.num_epochs == 2
+    assert load("hh_pythia_1b_apa", ["algorithm.name=ppo"]).algorithm.num_epochs == 2
+    assert not [text for text in caplog.messages if "num_epochs" in text]
+    assert load("hh_pythia_1b_apa", ["algorithm.name=a2c"]).algorithm.num_epochs == 1
+    assert "algorithm.num_epochs = 2 in the file does not apply to a2c and is set aside" in caplog.messages
+
+
+@pytest.mark.parametrize("name", ["ppo", "apa", "awr", "a2c"])
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce"])
+def test_one_line_does_without_the_critic_where_its_keys_have_their_defaults(name: str, advantage: str) -> None:
+    """As in a file that `dump` wrote, where every key stands."""
+    siblings = ["rollout.prompts_per_iteration=32", "rollout.samples_per_prompt=4", f"algorithm.name={name}"]
+    spelled = [f"algorithm.gae_lambda={0.95}", f"algorithm.value_clip={0.2 if name == 'ppo' else 'null'}"]
+    config = load("quickstart", [*siblings, *spelled, f"algorithm.advantage={advantage}"])
+    assert not config.algorithm.has_critic
+
+
 @pytest.mark.parametrize(("name", "steps"), [("dpo", 2 * 64 // 32), ("rft", (64 + 64) // 32)])
 def test_a_choice_among_responses_needs_no_critic_and_carries_no_key_of_one(name: str, steps: int) -> None:
     samples = ["rollout.prompts_per_iteration=64", "rollout.samples_per_prompt=2"]

@@ -35,6 +35,9 @@ ALGORITHMS: dict[str, AlgorithmConfig] = {
     "apa, reinforce": APAConfig(advantage="reinforce", **MINE),
     "ppo, tis": PPOConfig(correction=TIS, num_epochs=2, **MINE),
     "ppo, sequence mask": PPOConfig(correction=CorrectionConfig(weight="sequence_mask", low=0.9), num_epochs=2, **MINE),
+    "ppo, k3+ in the loss, whitened and repeated by minibatch": PPOConfig(
+        kl_in="loss", kl_estimator="k3+", num_epochs=2, repeat_minibatch=True, adv_norm_over="minibatch", **MINE
+    ),
     "ppo, bypass": PPOConfig(correction=CorrectionConfig(old_policy="behavior"), num_epochs=2, **MINE),
 }
 

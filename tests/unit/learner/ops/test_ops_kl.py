@@ -13,7 +13,7 @@ from learner.ops import kl
 from learner.ops.aggregate import token_weights
 from learner.ops.kl import AdaptiveKLController, FixedKLController, SequenceKL
 
-ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}
+ESTIMATORS = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3, "k3+": kl.k3_plus}
 
 
 @pytest.mark.parametrize(("name", "expectation"), [("k1", "E_k1"), ("k2", "E_k2"), ("k3", "E_k3")])
@@ -72,6 +72,18 @@ def test_v1c_k3_as_a_loss_pulls_as_the_kl_the_other_way_round(vectors):
     logits = t64(v["pi"]).log().requires_grad_()
     kl.exact(t64(v["ref"]).log(), logits).backward()
     close(logits.grad, vectors["V1c_kl_grads"]["grad_KL_ref_pi"])
+
+
+def test_v1c_straight_through_has_the_value_of_k3_and_the_exact_gradient(vectors):
+    v = vectors["V1_kl"]
+    pi, ref = t64(v["pi"]), t64(v["ref"])
+    logits = pi.log().requires_grad_()
+    expected = (pi * kl.k3_plus(logits.log_softmax(0), ref.log())).sum()
+    expected.backward()
+    close(expected, v["exact_KL_pi_ref"])
+    assert logits.grad.tolist() == pytest.approx([0.09894, -0.09388, -0.00505], abs=5e-6)
+    close(logits.grad, vectors["V1c_kl_grads"]["exact_grad_KL_pi_ref"])
+    assert torch.equal(kl.k3_plus(pi.log(), ref.log()), kl.k3(pi.log(), ref.log()))  # to the last bit
 
 
 def score_function_gradient(logits: torch.Tensor, ref: torch.Tensor, name: str) -> torch.Tensor:
@@ -148,7 +160,7 @@ def test_a_token_that_the_policy_cannot_produce_costs_nothing():
     close(kl.exact(t64([0.0, -math.inf]), t64([0.0, -math.inf])), 0.0)
 
 
-@pytest.mark.parametrize("name", ["k2", "k3"])
+@pytest.mark.parametrize("name", ["k2", "k3", "k3+"])
 @given(batch=batches())
 def test_the_penalty_of_a_loss_equals_a_slow_loop(name: str, batch: Batch):
     num_tokens = int(batch.mask.sum())
@@ -156,7 +168,7 @@ def test_the_penalty_of_a_loss_equals_a_slow_loop(name: str, batch: Batch):
     for row, t in batch.mask.nonzero().tolist():
         lr = (batch.logprobs[row, t] - batch.ref_logprobs[row, t]).item()
         expected += (lr * lr / 2 if name == "k2" else math.exp(-lr) - 1 + lr) / num_tokens
-        slopes[row, t] = (lr if name == "k2" else 1 - math.exp(-lr)) / num_tokens
+        slopes[row, t] = (1 - math.exp(-lr) if name == "k3" else lr) / num_tokens
     logprobs, ref = batch.logprobs.clone().requires_grad_(), batch.ref_logprobs.clone().requires_grad_()
     weights = token_weights(batch.mask, mode="token_mean", dtype=torch.float64)
     found = kl.penalty(logprobs, ref_logprobs=ref, weights=weights, estimator=name)
