@@ -161,7 +161,7 @@ def test_bootstrap_values_of_another_shape_are_refused():
 
 def test_an_unknown_end_is_refused():
     with pytest.raises(ValueError, match="unknown truncated_value"):
-        choose_bootstrap_values(torch.zeros(1), truncated_mask=torch.ones(1, dtype=torch.bool), truncated_value="drop")
+        choose_bootstrap_values(torch.zeros(1), truncated_mask=torch.ones(1, dtype=torch.bool), truncated_value="skip")
 
 
 def test_normalisation_modes(vectors):
