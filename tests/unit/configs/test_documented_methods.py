@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.algorithm import DPOConfig, RFTConfig
+from configs.algorithm import DPOConfig, PolicyGradientBase, RFTConfig
 from configs.load import load
 from protocol import metrics
 from tests.command_line import command
@@ -46,8 +46,15 @@ def test_every_key_stands_with_its_default(section: type[DPOConfig | RFTConfig])
                                                       str(default) for key, default in fields.items()}  # fmt: skip
 
 
+@pytest.mark.parametrize("key", ["score_at", "whiten_rewards", "truncated_value", "alarm_negative_kl"])
+def test_a_choice_of_rewards_and_responses_stands_with_its_default(key: str) -> None:
+    row = re.search(rf"^\| `{key}` \| `?(\w+)`? \| .+ \|$", TEXT, flags=re.MULTILINE)
+    assert row is not None
+    assert row[1] == str(PolicyGradientBase.model_fields[key].default).lower()
+
+
 def test_the_metrics_that_it_speaks_of_exist() -> None:
     known = {value for name, value in vars(metrics).items() if name.isupper()}
-    spoken = set(re.findall(r"`((?:dpo|rft|objective)/\w+)`", TEXT))
+    spoken = set(re.findall(r"`((?:dpo|rft|objective|policy|sync)/\w+)`", TEXT))
     assert len(spoken) > 8
     assert spoken <= known
