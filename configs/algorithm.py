@@ -65,7 +65,10 @@ _WITHOUT_RATIO: dict[str, str] = _OF_PPO_ALONE | dict.fromkeys(
 _WITHOUT_ADVANTAGES: dict[str, str] = (
     _OF_PPO_ALONE
     | dict.fromkeys(
-        ("advantage", "gamma", "gae_lambda", "truncated_value", "critic_warmup_iterations", "adv_norm", "value_clip"),
+        (
+            *("advantage", "gamma", "gae_lambda", "truncated_value", "critic_warmup_iterations", "adv_norm"),
+            *("value_clip", "score_at", "whiten_rewards", "alarm_negative_kl"),
+        ),
         "it compares a prompt's responses by their scores, so that there are no advantages and no critic",
     )
     | {"adv_norm_over": "there are no advantages", "repeat_minibatch": "its passes are reshuffled"}
@@ -127,8 +130,21 @@ class PolicyGradientBase(AlgorithmBase):
     gamma: Fraction = 1.0
     gae_lambda: Fraction = 0.95
     """Of `gae`."""
-    truncated_value: Literal["terminal", "bootstrap"] = "terminal"
-    """What follows a response that was cut at the length limit: nothing, or the critic's estimate."""
+    truncated_value: Literal["terminal", "bootstrap", "drop"] = "terminal"
+    """What follows a response that was cut at the length limit: nothing, or the critic's estimate; `drop` learns as if
+    it had not been in the batch, only the KL is that of all responses. With `rloo` and `grpo`, a response that is then
+    the only one left of its prompt has nothing to be compared with and is dropped too."""
+    score_at: Literal["last_token", "after_last_token"] = "last_token"
+    """Of `gae`: which token's reward holds the score. `after_last_token` (EOS+1): the score is of the state after the
+    response, and the critic learns that state's value too; the policy does nothing there, so that the last token learns
+    of the score by gamma * gae_lambda, and of the critic's forecast of it by the rest."""
+    whiten_rewards: bool = False
+    """Of `gae`: divide the tokens' rewards, KL penalty included, by their standard deviation over the batch, about
+    their mean, which stays. With it a constant reward a token is shrunk less than what varies, so that length counts
+    for more or less than before."""
+    alarm_negative_kl: PositiveInt = 3
+    """An incident is written where the mean k1 per sequence was below zero by more than chance (two standard errors)
+    in so many iterations in a row."""
     aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum_norm"] = "token_mean"
     critic_warmup_iterations: NonNegativeInt = 0
     """Iterations at the start that train the critic alone; without a critic there are none."""
@@ -192,6 +208,11 @@ class PolicyGradientBase(AlgorithmBase):
                     f"{key} = {value} is of the critic, and advantage = {self.advantage} has none: use "
                     "advantage = gae, or leave it out"
                 )
+        if self.score_at == "after_last_token" or self.whiten_rewards:
+            raise ValueError(
+                f"score_at and whiten_rewards say how rewards lie on tokens, but advantage = {self.advantage} compares "
+                "whole responses: leave both out, or use advantage = gae"
+            )
         return self
 
     @model_validator(mode="after")
@@ -206,6 +227,24 @@ class PolicyGradientBase(AlgorithmBase):
             raise ValueError(
                 "repeat_minibatch takes each minibatch num_epochs times in a row, and num_epochs = 1: use two or more, "
                 "or repeat_minibatch = false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _end_means_one_thing(self) -> Self:
+        if self.score_at == "after_last_token" and self.truncated_value == "bootstrap":
+            raise ValueError(
+                "score_at = after_last_token makes the value after the last token a forecast of the score, and "
+                "truncated_value = bootstrap takes it for what would have followed the score; choose one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lambda_keeps_its_units(self) -> Self:
+        if self.whiten_rewards and isinstance(self, APAConfig | AWRConfig) and self.adv_norm == "none":
+            raise ValueError(
+                f"whiten_rewards divides by a scale of each batch's own, which would take the units from "
+                f"{self.name}_lambda where adv_norm = none; leave it out, or normalise advantages"
             )
         return self
 

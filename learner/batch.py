@@ -202,6 +202,25 @@ def minibatches(num: int, *, size: int, seed: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, num, size)]
 
 
+def even_minibatches(num: int, *, most: int, seed: int) -> list[list[int]]:
+    """Shuffle sequences into as few minibatches as their size allows, of sizes that differ by one at most.
+
+    It is not always known beforehand how many there are, and a last one alone would be a step as long as any.
+
+    Args:
+        num: Sequences, or whatever is learned as one.
+        most: Of them in a minibatch.
+        seed: Of the shuffle.
+
+    Returns:
+        Indices, each once; nothing if there is none.
+    """
+    if num == 0:
+        return []
+    [order] = minibatches(num, size=num, seed=seed)
+    return [part.tolist() for part in np.array_split(np.array(order), -(-num // most))]
+
+
 def shuffle_seed(*parts: int) -> int:
     """Derive the seed of one shuffle from the run's seed and where the run stands."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])

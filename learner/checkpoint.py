@@ -27,6 +27,8 @@ class LearnerState:
     """Ranks, each of which has written a shard of its own."""
     zero_stage: int
     """How the shards are cut."""
+    negative_kls: int = 0
+    """Iterations in a row, up to this one, whose KL was negative; a checkpoint from before it was counted has none."""
 
 
 def save(directory: Path, *, engines: Mapping[str, TrainingEngine], state: LearnerState) -> None:

@@ -1,10 +1,9 @@
-"""From scored rollouts to what the losses need: the learner's own log-probs and values, rewards and advantages.
+"""From scored rollouts to what the losses need: the batch as tensors, and the learner's own log-probs and values.
 
-Every rank holds the whole batch as flat vectors (one response after the other, in key order) and computes the same
-rewards and advantages from them, so moments are global without a reduction. Only the forward passes are shared out.
+Every rank holds the whole batch as flat vectors (one response after the other, in key order); only the forward passes
+are shared out. Rewards and advantages come from them in learner/estimates.py.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,12 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.algorithm import APAConfig, AWRConfig, PolicyGradientConfig
 from learner.batch import Layout, MicroBatch, TokenSequence, collate, plan
-from learner.ops import advantages as advantage_ops
-from learner.ops import kl, off_policy
-from learner.ops.masked import moments
-from learner.ops.rewards import per_token_rewards
+from learner.ops import kl
 from learner.training import TrainingEngine
 from protocol.errors import NonFiniteError
 from protocol.messages import RolloutKey, ScoredBatch
@@ -99,6 +94,10 @@ class ResponseBatch:
         mask[indices] = self.mask[indices]
         return mask
 
+    def per_token(self, of_responses: Tensor) -> Tensor:
+        """Repeat what is known of each response [B] for each of its tokens: flat [N]."""
+        return of_responses[:, None].expand(self.mask.shape)[self.mask]
+
     def split(self, flat: Tensor) -> list[Tensor]:
         """Cut a flat vector [N] into one part a response."""
         ends = [*self.starts.tolist()[1:], len(flat)]
@@ -118,7 +117,7 @@ class Opinions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueTargets:
-    """What the critic learns: flat vectors [N]."""
+    """What the critic learns: flat vectors [N], or, with `score_at: after_last_token`, [N + B], the ends last."""
 
     old_values: Tensor
     """Its values before the first step."""
@@ -135,6 +134,8 @@ class TrainBatch:
     """[N] normalised as `adv_norm` says; as estimated where each minibatch is whitened apart."""
     value_targets: ValueTargets | None
     """None where there is no critic."""
+    learned: Tensor
+    """[B] False at responses that are not learned from; their advantages are zero, and no moment knows them."""
     corrections: Tensor
     """[N] what a token's loss is multiplied by, as `algorithm.correction` says."""
     kl: kl.SequenceKL
@@ -273,92 +274,3 @@ def evaluate(
     responses.require_finite("value", values)
     responses.require_finite("value of the last state", final_values)
     return Opinions(old_logprobs=old_logprobs, entropies=entropies, values=values, final_values=final_values)
-
-
-def estimate(
-    responses: ResponseBatch, opinions: Opinions, *, algorithm: PolicyGradientConfig, kl_beta: float
-) -> TrainBatch:
-    """Compute rewards, advantages and returns.
-
-    Args:
-        responses: The whole batch.
-        opinions: Of the networks before the first step.
-        algorithm: Estimator, discounting, normalisation and correction.
-        kl_beta: The KL coefficient of the reward; zero where the KL is in the loss.
-
-    Returns:
-        What stays constant during the epochs.
-
-    Raises:
-        NonFiniteError: If a reward, an advantage (before or after normalisation) or a return is not finite.
-    """
-    mask = responses.mask
-    old, ref = responses.padded(opinions.old_logprobs), responses.padded(responses.ref_logprobs)
-    rewards = per_token_rewards(old, ref, mask=mask, scores=responses.scores, kl_beta=kl_beta)
-    raw, value_targets = _advantages(responses, opinions, rewards, algorithm=algorithm)
-    responses.require_finite("reward", rewards.sum(dim=1))
-    responses.require_finite("advantage", raw[mask])
-    if value_targets is not None:
-        responses.require_finite("return", value_targets.returns)
-    mean, var = moments(raw, mask)
-    if not var.isfinite():  # in fp32 already at advantages of 1e19: dividing by it would make nothing of all of them
-        largest = int(raw[mask].abs().argmax())
-        raise NonFiniteError("variance of the advantages", f"{responses.place(largest)}, the largest advantage")
-    mode = algorithm.adv_norm if algorithm.adv_norm_over == "batch" else "none"
-    normalized = advantage_ops.normalize(raw, mask, mode=mode, mean=mean, var=var)
-    responses.require_finite("normalised advantage", normalized[mask])
-    return TrainBatch(
-        responses=responses,
-        opinions=opinions,
-        advantages=normalized[mask],
-        value_targets=value_targets,
-        corrections=_corrections(responses, old, algorithm=algorithm),
-        kl=kl.kl_per_sequence(old, ref, mask=mask),
-        kl_nats=kl.k1(old, ref).sum(dim=1),
-        rewards=rewards.sum(dim=1),
-        advantage_std=math.sqrt(float(var)),
-    )
-
-
-def _advantages(
-    responses: ResponseBatch, opinions: Opinions, rewards: Tensor, *, algorithm: PolicyGradientConfig
-) -> tuple[Tensor, ValueTargets | None]:
-    """Estimate advantages [B, T], and returns where there is a critic to learn them."""
-    if algorithm.advantage != "gae":
-        totals = rewards.sum(dim=1)
-        advantages = advantage_ops.without_critic(
-            totals, groups=responses.groups, mask=responses.mask, estimator=algorithm.advantage
-        )
-        return advantages, None
-    if opinions.values is None or opinions.final_values is None:
-        raise ValueError("generalised advantage estimation needs a critic's values")
-    end = advantage_ops.choose_bootstrap_values(
-        opinions.final_values, truncated_mask=responses.truncated, truncated_value=algorithm.truncated_value
-    )
-    advantages, returns = advantage_ops.gae(
-        rewards,
-        responses.padded(opinions.values),
-        mask=responses.mask,
-        bootstrap_values=end,
-        gamma=algorithm.gamma,
-        gae_lambda=algorithm.gae_lambda,
-    )
-    return advantages, ValueTargets(old_values=opinions.values, returns=returns[responses.mask])
-
-
-def _corrections(responses: ResponseBatch, old_logprobs: Tensor, *, algorithm: PolicyGradientConfig) -> Tensor:
-    """Compute what each token's loss is multiplied by: flat [N]."""
-    if responses.behavior_logprobs is None:
-        if algorithm.correction.weight != "none":
-            raise ValueError(f"correction.weight = {algorithm.correction.weight} needs behaviour log-probs")
-        return torch.ones_like(responses.ref_logprobs)
-    corrections = off_policy.importance_weights(
-        old_logprobs,
-        responses.padded(responses.behavior_logprobs),
-        mask=responses.mask,
-        settings=algorithm.correction,
-    )[responses.mask]
-    if isinstance(algorithm, APAConfig | AWRConfig):
-        # Their losses fit targets and have no ratio to complete: the engine's numerics alone are no reason to reweigh.
-        return torch.where(responses.on_policy, 1, corrections)
-    return corrections

@@ -23,20 +23,14 @@ from learner.selection_update import SelectionSettings, SelectionUpdater
 from learner.stored_policy import StoredPolicy
 from learner.supervised_loop import StageContext, beating, context_tokens, layout_of, stage_seed
 from learner.training import GatherableNetwork, RankContext
-from learner.trust import found_mismatch, require_version
+from learner.trust import found_mismatch, found_negative_kl, is_kl_negative, require_version
 from learner.update import Updater, UpdateSettings
 from protocol import incidents
 from protocol import metrics as names
 from protocol.broadcast import Meeting
 from protocol.errors import BatchRefusedError, NonFiniteError
 from protocol.incidents import Incident
-from protocol.messages import (
-    IntArray,
-    RolloutKey,
-    SampleText,
-    ScoredBatch,
-    UpdateReport,
-)
+from protocol.messages import IntArray, RolloutKey, SampleText, ScoredBatch, UpdateReport
 from protocol.tokens import decode, load_tokenizer
 from protocol.weights import ByteArray, TensorSlot, WeightManifest
 
@@ -68,6 +62,7 @@ class Rank:
         self._batch: ScoredBatch | None = None
         self._kl_nats: Mapping[RolloutKey, float] = {}
         self._kl_beta = 0.0
+        self._negative_kls = 0
 
     def train_sft(self, *, output: Path) -> dict[str, Any]:
         """Fine-tune the policy on demonstrations."""
@@ -82,8 +77,8 @@ class Rank:
         if self._updater is not None:
             for engine in self._updater.engines.values():
                 engine.close()
-        self._updater = self._published = None
-        self._standing = None
+        self._updater = self._published = self._standing = None
+        self._negative_kls = 0
 
     def start_rl(self, *, policy: Path, reward_model: Path | None, iterations: int) -> None:
         """Build the engines of policy and, where there is one, critic; those of a round before are given up.
@@ -175,7 +170,7 @@ class Rank:
             what = f"the loss or gradient of {report.num_skipped_steps} steps was not finite"
             self._keep(batch, "nonfinite", what, action="these steps were skipped")
         if isinstance(self._config.algorithm, PolicyGradientBase):
-            self._watch(batch, report, alarm_k3=self._config.algorithm.correction.alarm_k3)
+            self._watch(batch, report, algorithm=self._config.algorithm)
         return report
 
     def publish(self, policy_version: int) -> Iterator[ByteArray | WeightManifest]:
@@ -248,6 +243,7 @@ class Rank:
             kl_controller=controller,
             world_size=self.context.world_size,
             zero_stage=self._config.learner.zero_stage,
+            negative_kls=self._negative_kls,
         )
         checkpoint.save(directory, engines=updater.engines, state=state)
         if updater.memory is not None and self.context.rank == 0:
@@ -258,7 +254,7 @@ class Rank:
         updater = self._running()
         self._standing = None
         state = checkpoint.load(directory, engines=updater.engines, zero_stage=self._config.learner.zero_stage)
-        self.policy_version = state.policy_version
+        self.policy_version, self._negative_kls = state.policy_version, state.negative_kls
         if updater.controller is not None and state.kl_controller is not None:
             updater.controller.load_state_dict(state.kl_controller)
         self.carry_over(directory)
@@ -273,11 +269,17 @@ class Rank:
         """Write the policy as a plain Hugging Face directory."""
         export_policy(self._running().policy, self._tokenizer, directory, card=card)
 
-    def _watch(self, batch: ScoredBatch, report: UpdateReport, *, alarm_k3: float) -> None:
-        """Report an engine and a learner that hold one version and are not the same policy."""
-        mismatch = found_mismatch(batch, k3=report.metrics.get(names.SYNC_K3_LAG0, 0.0), bound=alarm_k3)
-        if mismatch is not None and self.context.rank == 0:
-            incidents.write(self._incidents, mismatch, name=f"mismatch-r{batch.round:03d}-i{batch.iteration:06d}")
+    def _watch(self, batch: ScoredBatch, report: UpdateReport, *, algorithm: PolicyGradientBase) -> None:
+        """Report what shows that the engine did not sample from the policy that the learner holds."""
+        self._negative_kls = self._negative_kls + 1 if is_kl_negative(report) else 0
+        k3, kl = (report.metrics.get(name, 0.0) for name in (names.SYNC_K3_LAG0, names.OBJECTIVE_KL))
+        for incident in (
+            found_mismatch(batch, k3=k3, bound=algorithm.correction.alarm_k3),
+            found_negative_kl(batch, kl=kl, in_a_row=self._negative_kls, bound=algorithm.alarm_negative_kl),
+        ):
+            if incident is not None and self.context.rank == 0:
+                name = f"{incident.kind}-r{batch.round:03d}-i{batch.iteration:06d}"
+                incidents.write(self._incidents, incident, name=name)
 
     @property
     def _bucket_bytes(self) -> int:

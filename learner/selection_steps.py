@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,25 +160,6 @@ def unit_tokens(unit: Sequence[TokenSequence], settings: PassSettings) -> int:
     """Count what a unit takes of a micro-batch's budget; padding within the unit counts where rows are padded."""
     lengths = [sequence.num_tokens for sequence in unit]
     return sum(lengths) if settings.layout == "packed" else len(lengths) * max(lengths)
-
-
-def even_minibatches(num: int, *, most: int, seed: int) -> list[list[int]]:
-    """Shuffle units into as few minibatches as their size allows, of sizes that differ by one at most.
-
-    How many units there are is not known beforehand, and a last minibatch of one unit would be a step as long as any.
-
-    Args:
-        num: Units.
-        most: Units of a minibatch.
-        seed: Of the shuffle.
-
-    Returns:
-        Indices, each once; nothing if there is no unit.
-    """
-    if num == 0:
-        return []
-    [order] = batch.minibatches(num, size=num, seed=seed)
-    return [part.tolist() for part in np.array_split(np.array(order), -(-num // most))]
 
 
 def _response_logprobs(logprobs: Tensor, m: MicroBatch, *, num: int) -> Tensor:

@@ -13,11 +13,11 @@ from torch import Tensor
 from configs.algorithm import DPOConfig, RFTConfig, SelectionConfig
 from configs.learner import BatchGuardsConfig
 from learner import selection
-from learner.batch import shuffle_seed
+from learner.batch import even_minibatches, shuffle_seed
 from learner.experience import Opinions, PassSettings, ResponseBatch, evaluate, flatten
 from learner.ops import kl
 from learner.sample_memory import Remembered, SampleMemory
-from learner.selection_steps import ImitationObjective, Objective, PairObjective, SelectionSteps, even_minibatches
+from learner.selection_steps import ImitationObjective, Objective, PairObjective, SelectionSteps
 from learner.training import TrainingEngine
 from learner.trust import gap_metrics, require_trust
 from learner.update_metrics import mismatch_metrics, sampling_metrics, selection_metrics

@@ -6,6 +6,8 @@ In synchronous runs both are the same weights, so every w is one but for roundin
 another distribution show here before anything is learned from them. Source: algorithms.md 18.
 """
 
+import math
+import statistics
 from typing import Literal
 
 import torch
@@ -17,8 +19,12 @@ from learner.ops import off_policy
 from protocol import metrics as names
 from protocol.errors import UntrustedBatchError
 from protocol.incidents import Incident
-from protocol.messages import NOT_SAMPLED, ScoredBatch
+from protocol.messages import NOT_SAMPLED, ScoredBatch, UpdateReport
 
+_CHANCE = 2.0
+"""Standard errors that a mean KL may be off; that of a policy that is still its reference falls on either side of 0."""
+_ROUNDING = 1e-3
+"""Nats per sequence that such a KL may be off for good, where the reference is computed elsewhere."""
 _FIGURES = {
     names.SYNC_LOGPROB_GAP: "gap_max",
     names.SYNC_LOGPROB_GAP_MEAN: "gap_mean",
@@ -127,4 +133,51 @@ def found_mismatch(batch: ScoredBatch, *, k3: float, bound: float) -> Incident |
         iteration=batch.iteration,
         policy_version=batch.policy_version,
         data={"k3": k3},
+    )
+
+
+def is_kl_negative(report: UpdateReport) -> bool:
+    """Say whether the mean k1 per sequence is below zero by more than chance, which no KL can be.
+
+        mean < -max(2 std / sqrt(B), 0.001)
+
+    Args:
+        report: Of an iteration.
+
+    Returns:
+        Never for responses that the policy did not sample: over those k1 is no estimate of its KL.
+    """
+    nats = list(report.kl_nats_per_sequence.values())
+    if names.OBJECTIVE_KL not in report.metrics or not nats:
+        return False
+    error = statistics.stdev(nats) / math.sqrt(len(nats)) if len(nats) > 1 else 0.0
+    return statistics.fmean(nats) < -max(_CHANCE * error, _ROUNDING)
+
+
+def found_negative_kl(batch: ScoredBatch, *, kl: float, in_a_row: int, bound: int) -> Incident | None:
+    """Describe a KL to the reference that stays negative.
+
+    Args:
+        batch: The last one.
+        kl: Its mean k1, in nats per sequence.
+        in_a_row: Iterations, this one the last, in which it was negative.
+        bound: `algorithm.alarm_negative_kl`; there is an incident each time that so many more have passed.
+
+    Returns:
+        The incident, or None.
+    """
+    if not in_a_row or in_a_row % bound:
+        return None
+    return Incident(
+        kind="negative_kl",
+        what=f"the KL to the reference was estimated below zero in {in_a_row} iterations in a row, by more than chance "
+        f"(algorithm.alarm_negative_kl = {bound}); now it is {kl:.3g} nats a sequence",
+        where="learner",
+        cause="the responses are no samples of the policy at rollout.temperature: another temperature or distribution, "
+        "stale weights, or a reference that is not the one meant",
+        action="the run goes on",
+        round=batch.round,
+        iteration=batch.iteration,
+        policy_version=batch.policy_version,
+        data={"kl_k1_per_sequence": kl, "iterations_in_a_row": in_a_row},
     )

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from itertools import repeat
 from statistics import fmean
 
+import torch
 from torch import Tensor
 
 from configs.algorithm import APAConfig, PenalizedBase, PolicyGradientConfig, PPOConfig
 from configs.learner import BatchGuardsConfig
-from learner.batch import TokenSequence, minibatches, shuffle_seed
-from learner.experience import PassSettings, TrainBatch, estimate, evaluate, flatten, passes
+from learner.batch import TokenSequence, even_minibatches, shuffle_seed
+from learner.estimates import estimate
+from learner.experience import PassSettings, TrainBatch, evaluate, flatten, passes
 from learner.ops import kl
 from learner.ops.aggregate import token_weights
+from learner.ops.rewards import last_token_mask, one_longer
 from learner.pretraining import PretrainingSteps
 from learner.training import TrainingEngine
 from learner.trust import gap_metrics, require_trust
@@ -104,6 +107,7 @@ class Updater:
             NonFiniteError: If a score, log-prob, value, reward, advantage or return is not finite, naming the rollout;
                 a loss or gradient, unless it is skipped; or a parameter, after the last step.
             UntrustedBatchError: If the log-probs show that another policy has sampled the batch.
+            UserError: If responses cut at the length limit are dropped, and nothing is left.
         """
         algorithm = self.settings.algorithm
         self.computed = {}
@@ -119,7 +123,7 @@ class Updater:
         train = estimate(responses, opinions, algorithm=algorithm, kl_beta=self.reward_kl_beta)
         self.computed |= {"advantages": responses.split(train.advantages)}
         if train.value_targets is not None:
-            self.computed |= {"returns": responses.split(train.value_targets.returns)}
+            self.computed |= {"returns": responses.split(train.value_targets.returns[: responses.num_tokens])}
         metrics = batch_metrics(train, algorithm=algorithm, kl_beta=beta) | gaps
         metrics |= mismatch_metrics(
             responses, opinions.old_logprobs, correction=algorithm.correction, policy_version=batch.policy_version
@@ -127,13 +131,14 @@ class Updater:
         policy = self._policy_steps(train, kl_beta=beta)
         critic = None
         if self.critic is not None and train.value_targets is not None:
-            critic = CriticSteps(self.critic, train.value_targets, value_clip=algorithm.value_clip)
+            critic = CriticSteps(self.critic, train.value_targets, settings=algorithm)
         trains_policy = batch.iteration >= algorithm.warmup_iterations
-        if self.controller is not None and trains_policy:  # the KL of a policy that stands still answers to nothing
+        # The KL of a policy that stands still answers to nothing; that of short responses alone would be too small.
+        if self.controller is not None and trains_policy:
             self.controller.update(train.kl)
         rehearsal = self._rehearsal(batch) if trains_policy else None
         is_far_enough = False
-        for indices in self._minibatches(batch, len(responses.keys)):
+        for indices in self._minibatches(batch, train.learned.nonzero()[:, 0].tolist()):
             if rehearsal is not None and not rehearsal.log.num_steps:
                 metrics |= self._gradient_ratio(train, indices, kl_beta=beta, probe=self._rehearsal(batch))
             moves_policy = trains_policy and not is_far_enough
@@ -157,14 +162,14 @@ class Updater:
             kl_nats_per_sequence=dict(zip(responses.keys, train.kl_nats.tolist(), strict=True)),
         )
 
-    def _minibatches(self, batch: ScoredBatch, num_responses: int) -> Iterator[list[int]]:
+    def _minibatches(self, batch: ScoredBatch, learned: list[int]) -> Iterator[list[int]]:
         """Choose each step's responses: reshuffled passes, or a single one that takes each minibatch several times."""
         algorithm = self.settings.algorithm
         passes, times = (1, algorithm.num_epochs) if algorithm.repeat_minibatch else (algorithm.num_epochs, 1)
         for epoch in range(passes):
             seed = shuffle_seed(self.settings.run_seed, batch.round, batch.iteration, epoch)
-            for indices in minibatches(num_responses, size=algorithm.minibatch_responses, seed=seed):
-                yield from repeat(indices, times)
+            for places in even_minibatches(len(learned), most=algorithm.minibatch_responses, seed=seed):
+                yield from repeat([learned[place] for place in places], times)
 
     def _step(
         self,
@@ -195,11 +200,13 @@ class Updater:
             return
         if policy is not None:
             policy.begin(indices)
-        weights = self._weights(train, indices)
+        weighted = [(side, self._weights(train, indices, with_ends=side.learns_ends)) for side in sides]
         own = list(passes(train.responses, indices, settings=self.settings.passes, engine=self.policy))
-        for number, (micro_batch, index, _) in enumerate(own):
-            for side in sides:
-                side.learn(micro_batch, index, weights=weights[index], last=number == len(own) - 1)
+        for number, (micro_batch, index, group) in enumerate(own):
+            ends = train.responses.num_tokens + index.new_tensor(group)
+            for side, weights in weighted:
+                learned = torch.cat([index, ends]) if side.learns_ends else index
+                side.learn(micro_batch, learned, weights=weights[learned], last=number == len(own) - 1)
 
     def _policy_steps(self, train: TrainBatch, *, kl_beta: float) -> PolicySteps:
         settings = self.settings
@@ -233,11 +240,14 @@ class Updater:
         ratio = self.policy.measure() / policy_norm if policy_norm else math.inf
         return {names.POLICY_PTX_RATIO: ratio} if math.isfinite(ratio) else {}
 
-    def _weights(self, train: TrainBatch, indices: list[int]) -> Tensor:
-        """Weigh the tokens of one minibatch: flat [N] over the whole batch, zero elsewhere."""
+    def _weights(self, train: TrainBatch, indices: list[int], *, with_ends: bool) -> Tensor:
+        """Weigh the tokens of one minibatch: flat [N] over the whole batch, zero elsewhere; with the ends [N + B]."""
+        responses = train.responses
+        places = one_longer(responses.mask) if with_ends else responses.mask
+        mask = torch.zeros_like(places)
+        mask[indices] = places[indices]
         weights = token_weights(
-            train.responses.only(indices),
-            mode=self.settings.algorithm.aggregation,
-            constant=self.settings.max_response_tokens,
+            mask, mode=self.settings.algorithm.aggregation, constant=self.settings.max_response_tokens
         )
-        return weights[train.responses.mask]
+        flat = weights[:, : responses.mask.shape[1]][responses.mask]
+        return torch.cat([flat, weights[last_token_mask(places)]]) if with_ends else flat

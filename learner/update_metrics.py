@@ -61,6 +61,7 @@ def sampling_metrics(responses: ResponseBatch, opinions: Opinions, *, kl_nats: f
         names.OBJECTIVE_KL: kl_nats,
         names.OBJECTIVE_KL_PER_TOKEN: kl_nats * num_responses / responses.num_tokens,
         names.OBJECTIVE_KL_K3: k3,
+        names.OBJECTIVE_KL_CLAMPED: _num_clamped(opinions.old_logprobs, responses.ref_logprobs),
     }
 
 
@@ -83,14 +84,16 @@ def batch_metrics(train: TrainBatch, *, algorithm: PolicyGradientConfig, kl_beta
     }
     if train.value_targets is not None:
         old_values, returns = train.value_targets.old_values, train.value_targets.returns
-        metrics[names.VALUE_EXPLAINED_VARIANCE] = explained_variance(
-            old_values, returns, mask=torch.ones_like(returns, dtype=torch.bool)
-        )
+        counted = torch.cat([train.responses.per_token(train.learned), train.learned])[: len(returns)]
+        metrics[names.VALUE_EXPLAINED_VARIANCE] = explained_variance(old_values, returns, mask=counted)
+    if algorithm.truncated_value == "drop":
+        metrics[names.POLICY_DROPPED] = float(train.learned.logical_not().sum())
     if isinstance(algorithm, APAConfig):
         # Whatever advantages are divided by, the KL weight is multiplied by.
         scale = 1.0 if algorithm.adv_norm == "none" else train.advantage_std
         if algorithm.advantage == "grpo":
-            scale *= group_std(train.rewards, train.responses.groups).mean().item()
+            learned = train.learned
+            scale *= group_std(train.rewards[learned], train.responses.groups[learned]).mean().item()
         metrics[names.POLICY_BETA_EFF] = algorithm.apa_lambda * scale
     return metrics
 
@@ -117,11 +120,18 @@ def mismatch_metrics(
         padded = (responses.padded(old), responses.padded(responses.behavior_logprobs))
         weights = off_policy.importance_weights(*padded, mask=responses.mask, settings=correction)[responses.mask]
     found = off_policy.mismatch(old, responses.behavior_logprobs, mask=everywhere, weights=weights)
-    metrics = {names.SYNC_K3: float(found["k3_mean"])}
+    metrics = {
+        names.SYNC_K3: float(found["k3_mean"]),
+        names.SYNC_CLAMPED: _num_clamped(old, responses.behavior_logprobs),
+    }
     if weights is not None:
         metrics[names.SYNC_CORRECTED] = float(found["changed_fraction"])
     lags = off_policy.lag_histogram(responses.versions, current=policy_version, mask=everywhere)
     return metrics | {f"{names.SYNC_LAG_PREFIX}{lag}": float(count) for lag, count in lags.items()}
+
+
+def _num_clamped(logprobs: Tensor, others: Tensor) -> float:
+    return float(kl_ops.count_clamped(logprobs, others, mask=torch.ones_like(logprobs, dtype=torch.bool)))
 
 
 def step_metrics(policy_log: StepLog, critic_log: StepLog | None) -> dict[str, float]:

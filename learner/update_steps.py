@@ -33,6 +33,8 @@ class PolicySteps:
         kl_beta: The KL coefficient of this batch.
     """
 
+    learns_ends = False
+
     def __init__(
         self,
         engine: TrainingEngine,
@@ -159,17 +161,22 @@ class CriticSteps:
     Args:
         engine: The critic's.
         targets: What it learns.
-        value_clip: As in `learner.ops.value.loss`.
+        settings: Its value clip, and whether the states after the responses are learned too.
     """
 
-    def __init__(self, engine: TrainingEngine, targets: ValueTargets, *, value_clip: float | None) -> None:
+    def __init__(self, engine: TrainingEngine, targets: ValueTargets, *, settings: PolicyGradientConfig) -> None:
         self.log = StepLog(engine)
-        self._engine, self._targets, self._value_clip = engine, targets, value_clip
+        self.learns_ends = settings.score_at == "after_last_token"
+        self._engine, self._targets, self._value_clip = engine, targets, settings.value_clip
 
     def learn(self, m: MicroBatch, index: Tensor, *, weights: Tensor, last: bool) -> None:
-        """Add a micro-batch's gradient to the step's; the arguments are those of `PolicySteps.learn`."""
+        """Add a micro-batch's gradient to the step's; the arguments are those of `PolicySteps.learn`.
+
+        With `learns_ends`, the states after the micro-batch's responses follow its tokens in `index` and `weights`.
+        """
         # A critic values the state before a token, which is where the policy predicts that token.
-        values = self._engine.forward(m.input_ids, m.position_ids, m.predict_index)
+        states = m.value_index if self.learns_ends else m.predict_index
+        values = self._engine.forward(m.input_ids, m.position_ids, states)
         loss, diagnostics = value.loss(
             values,
             old_values=self._targets.old_values[index],

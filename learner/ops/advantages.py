@@ -15,11 +15,11 @@ from learner.ops.rewards import last_token_mask
 
 @torch.no_grad()
 def choose_bootstrap_values(
-    final_values: Tensor, *, truncated_mask: Tensor, truncated_value: Literal["terminal", "bootstrap"]
+    final_values: Tensor, *, truncated_mask: Tensor, truncated_value: Literal["terminal", "bootstrap", "drop"]
 ) -> Tensor:
     """Choose the value of the state that follows each response.
 
-        V_{T+1} = V(s_{T+1}) if truncated and "bootstrap", else 0
+        V_{T+1} = V(s_{T+1}) if truncated and "bootstrap", else 0        ("drop": nobody learns from it)
 
     Source: AReaL, actor.py:201, but by the sampler's flag and not by the width of the batch.
 
@@ -37,12 +37,41 @@ def choose_bootstrap_values(
     check_alike(final_values=final_values, ranks=(1,))
     check_mask(truncated_mask, final_values.shape)
     match truncated_value:
-        case "terminal":
+        case "terminal" | "drop":
             return torch.zeros_like(final_values)
         case "bootstrap":
             return torch.where(truncated_mask, final_values, 0)
         case _:
             raise ValueError(f"unknown truncated_value {truncated_value!r}")
+
+
+def choose_learned(
+    truncated_mask: Tensor,
+    *,
+    groups: Tensor,
+    truncated_value: Literal["terminal", "bootstrap", "drop"],
+    estimator: Literal["gae", "rloo", "grpo", "reinforce"],
+) -> Tensor:
+    """Choose the responses that are learned from: all, or with "drop" those that the sampler finished.
+
+    `rloo` and `grpo` compare within a prompt, so there a response that is the only one left of its prompt goes too.
+
+    Args:
+        truncated_mask: `[B]`, bool; True where the sampler stopped at the length limit.
+        groups: `[B]`, int64; which prompt each response answers, numbered from zero.
+        truncated_value: `algorithm.truncated_value`.
+        estimator: `algorithm.advantage`.
+
+    Returns:
+        `[B]`, bool; perhaps none.
+    """
+    if truncated_value != "drop":
+        return torch.ones_like(truncated_mask)
+    learned = ~truncated_mask
+    if estimator in ("rloo", "grpo"):
+        left = torch.zeros_like(groups).index_add(0, groups, learned.long())
+        learned &= left[groups] > 1
+    return learned
 
 
 @torch.no_grad()

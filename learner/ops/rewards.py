@@ -26,6 +26,18 @@ def last_token_mask(mask: Tensor) -> Tensor:
     return mask & (tokens_from_here_on == 1)
 
 
+def one_longer(mask: Tensor) -> Tensor:
+    """Mark one position more of every response, that of the state after its last token.
+
+    Args:
+        mask: `[B, T]`, bool; True at response tokens, a prefix of each row with one token at least.
+
+    Returns:
+        `[B, T + 1]`, bool.
+    """
+    return torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
+
+
 @torch.no_grad()
 def per_token_rewards(
     old_logprobs: Tensor, ref_logprobs: Tensor, *, mask: Tensor, scores: Tensor, kl_beta: float

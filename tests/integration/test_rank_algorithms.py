@@ -45,6 +45,7 @@ def _fields(rollout: Rollout) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_rank_learns_keeps_and_resumes(name: str, tmp_path: Path) -> None:
     overrides = [*CASES[name], UNGUARDED, "models.critic.init=policy", *([DATA] if name == "ptx" else [])]
+    overrides.append("algorithm.alarm_negative_kl=2")  # the reference finds the responses likelier than the policy does
     config = tiny_config(tmp_path, *overrides)
     policy = tiny_llama(tmp_path / "policy")
 
@@ -70,13 +71,22 @@ def test_a_rank_learns_keeps_and_resumes(name: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in kept.iterdir() if path.is_dir()) == (
         ["policy"] if name == "rloo" else ["critic", "policy"]
     )
+    alarm = tmp_path / "run/incidents/negative_kl-r001-i000001.json"
+    assert not alarm.exists()
     second = update(rank, 1)
+    alarm.unlink()
     rank.finish_rl()
 
     resumed = start()
     resumed.load(kept)
     assert update(resumed, 1) == second
     resumed.finish_rl()
+    # The second iteration in a row, of which the first was before the checkpoint.
+    found = json.loads(alarm.read_text())
+    assert found["data"] == {
+        "kl_k1_per_sequence": second.metrics["objective/kl_k1_per_sequence"],
+        "iterations_in_a_row": 2,
+    }
     # Which is just what the alarm is for.
     incident = json.loads((tmp_path / "run/incidents/mismatch-r001-i000000.json").read_text())
     assert incident["kind"] == "mismatch"

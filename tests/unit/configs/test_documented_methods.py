@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.algorithm import DPOConfig, PPOConfig, RFTConfig
+from configs.algorithm import DPOConfig, PolicyGradientBase, PPOConfig, RFTConfig
 from configs.load import load
 from protocol import metrics
 from tests.command_line import command
@@ -53,8 +53,15 @@ def test_the_keys_of_other_codes_stand_with_their_defaults() -> None:
     assert dict(rows) == defaults
 
 
+@pytest.mark.parametrize("key", ["score_at", "whiten_rewards", "truncated_value", "alarm_negative_kl"])
+def test_a_choice_of_rewards_and_responses_stands_with_its_default(key: str) -> None:
+    row = re.search(rf"^\| `{key}` \| `?(\w+)`? \| .+ \|$", TEXT, flags=re.MULTILINE)
+    assert row is not None
+    assert row[1] == str(PolicyGradientBase.model_fields[key].default).lower()
+
+
 def test_the_metrics_that_it_speaks_of_exist() -> None:
     known = {value for name, value in vars(metrics).items() if name.isupper()}
-    spoken = set(re.findall(r"`((?:dpo|rft|objective)/\w+)`", TEXT))
+    spoken = set(re.findall(r"`((?:dpo|rft|objective|policy|sync)/\w+)`", TEXT))
     assert len(spoken) > 8
     assert spoken <= known

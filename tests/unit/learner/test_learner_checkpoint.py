@@ -27,7 +27,7 @@ def weights(found: PlainEngine) -> torch.Tensor:
 
 
 def test_a_learner_of_another_size_or_stage_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    state = LearnerState(policy_version=4, kl_controller=None, world_size=2, zero_stage=3)
+    state = LearnerState(policy_version=4, kl_controller=None, world_size=2, zero_stage=3, negative_kls=2)
     saved = engine(world_size=2)
     checkpoint.save(tmp_path, engines={"policy": saved}, state=state)
     assert json.loads((tmp_path / "learner.json").read_text()) == {
@@ -35,6 +35,7 @@ def test_a_learner_of_another_size_or_stage_is_refused_before_anything_is_loaded
         "kl_controller": None,
         "world_size": 2,
         "zero_stage": 3,
+        "negative_kls": 2,
     }
     for world_size, zero_stage in ((1, 3), (2, 2), (4, 0)):
         other = engine(world_size=world_size, seed=1)
@@ -45,3 +46,14 @@ def test_a_learner_of_another_size_or_stage_is_refused_before_anything_is_loaded
     same = engine(world_size=2, seed=1)
     assert checkpoint.load(tmp_path, engines={"policy": same}, zero_stage=3) == state
     assert torch.equal(weights(same), weights(saved))
+
+
+def test_a_checkpoint_from_before_negative_kls_were_counted_is_read(tmp_path: Path) -> None:
+    saved = engine()
+    state = LearnerState(policy_version=4, kl_controller={"beta": 0.1}, world_size=1, zero_stage=0, negative_kls=2)
+    checkpoint.save(tmp_path, engines={"policy": saved}, state=state)
+    text = json.loads((tmp_path / "learner.json").read_text())
+    del text["negative_kls"]
+    (tmp_path / "learner.json").write_text(json.dumps(text))
+    found = checkpoint.load(tmp_path, engines={"policy": engine()}, zero_stage=0)
+    assert (found.kl_controller, found.negative_kls) == ({"beta": 0.1}, 0)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from configs.algorithm import KLControllerConfig, PPOConfig
 from configs.learner import BatchGuardsConfig, LearnerConfig, OptimizerConfig
-from learner.experience import Opinions, PassSettings, estimate, flatten
+from learner.estimates import estimate
+from learner.experience import Opinions, PassSettings, flatten
 from learner.records import read_batch, write_batch
 from learner.update import Updater, UpdateSettings
 from protocol.errors import NonFiniteError, UntrustedBatchError

@@ -8,9 +8,10 @@ import torch
 
 from configs.algorithm import DPOConfig
 from configs.learner import LearnerConfig, OptimizerConfig
+from learner.batch import even_minibatches
 from learner.experience import PassSettings, evaluate, flatten
 from learner.selection import best_against_worst, ranked
-from learner.selection_steps import ImitationObjective, Objective, PairObjective, SelectionSteps, even_minibatches
+from learner.selection_steps import ImitationObjective, Objective, PairObjective, SelectionSteps
 from learner.training import RankContext
 from tests.learner_batches import tiny_policy
 from tests.selection_batches import RecordingEngine, sampled

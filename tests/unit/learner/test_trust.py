@@ -10,9 +10,9 @@ import torch
 
 from configs.learner import BatchGuardsConfig
 from learner.experience import flatten
-from learner.trust import gap_metrics, require_trust, require_version
+from learner.trust import found_negative_kl, gap_metrics, is_kl_negative, require_trust, require_version
 from protocol.errors import UntrustedBatchError
-from protocol.messages import PolicyVersions, ScoredBatch
+from protocol.messages import PolicyVersions, RolloutKey, ScoredBatch, UpdateReport
 from tests.learner_batches import scored_batch
 
 HERE = PolicyVersions(3, 3)
@@ -111,3 +111,42 @@ def test_a_batch_of_another_version_is_refused(versions: PolicyVersions) -> None
     rollouts = (*batch.rollouts[:5], replace(batch.rollouts[5], rollout=stale), *batch.rollouts[6:])
     with pytest.raises(UntrustedBatchError, match=r"r1/i0/p0005#0 was sampled by version.* on rollout-0, .* is 3"):
         require_version(replace(batch, rollouts=rollouts))
+
+
+def report_of(*nats: float, metrics: dict[str, float] | None = None) -> UpdateReport:
+    found = {RolloutKey(1, 0, f"p{number}", 0): value for number, value in enumerate(nats)}
+    mean = {"objective/kl_k1_per_sequence": sum(nats) / len(nats)} if metrics is None else metrics
+    return UpdateReport(metrics=mean, num_steps=1, num_skipped_steps=0, kl_nats_per_sequence=found)
+
+
+@pytest.mark.parametrize(
+    ("nats", "is_negative"),
+    [
+        ((-1.0,), True),
+        ((1.0, 2.0, 3.0), False),
+        # Mean -2, standard deviation 1, standard error 1 / sqrt(3): beyond twice that.
+        ((-1.0, -2.0, -3.0), True),
+        # Mean -1, standard deviation 1, standard error 0.577: within twice that.
+        ((0.0, -1.0, -2.0), False),
+        ((-2e-3,) * 4, True),
+        ((-5e-4,) * 4, False),
+    ],
+)
+def test_a_kl_is_negative_only_beyond_chance_and_rounding(nats: tuple[float, ...], is_negative: bool) -> None:
+    assert is_kl_negative(report_of(*nats)) is is_negative
+
+
+def test_responses_that_nobody_sampled_have_no_kl() -> None:
+    assert not is_kl_negative(report_of(-5.0, -5.0, metrics={"objective/log_ratio_per_sequence": -5.0}))
+
+
+def test_a_negative_kl_is_an_incident_each_time_the_bound_is_full() -> None:
+    batch = scored_batch(iteration=4)
+    found = [found_negative_kl(batch, kl=-0.25, in_a_row=count, bound=3) for count in range(8)]
+    assert [number for number, incident in enumerate(found) if incident is not None] == [3, 6]
+    incident = found[3]
+    assert incident is not None
+    assert (incident.kind, incident.round, incident.iteration, incident.policy_version) == ("negative_kl", 1, 4, 3)
+    assert "in 3 iterations in a row" in incident.what
+    assert "alarm_negative_kl = 3" in incident.what
+    assert incident.data == {"kl_k1_per_sequence": -0.25, "iterations_in_a_row": 3}

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from op_batches import Batch, batches, close, make_batch, t64
 from torch import Tensor
 
-from learner.ops.advantages import choose_bootstrap_values, gae, normalize, without_critic
+from learner.ops.advantages import choose_bootstrap_values, choose_learned, gae, normalize, without_critic
+from learner.ops.rewards import last_token_mask, one_longer
 
 MASK = torch.tensor([[True, True, True, False], [True, True, True, True]])
 FRACTIONS = st.floats(0, 1)
@@ -168,7 +169,61 @@ def test_bootstrap_values_of_another_shape_are_refused():
 
 def test_an_unknown_end_is_refused():
     with pytest.raises(ValueError, match="unknown truncated_value"):
-        choose_bootstrap_values(torch.zeros(1), truncated_mask=torch.ones(1, dtype=torch.bool), truncated_value="drop")
+        choose_bootstrap_values(torch.zeros(1), truncated_mask=torch.ones(1, dtype=torch.bool), truncated_value="skip")
+
+
+def test_nobody_bootstraps_from_a_dropped_response():
+    truncated = torch.tensor([False, True])
+    found = choose_bootstrap_values(t64([0.7, -0.25]), truncated_mask=truncated, truncated_value="drop")
+    assert found.tolist() == [0.0, 0.0]
+
+
+@given(batches(), FRACTIONS, FRACTIONS, st.floats(0, 2))
+def test_a_reward_after_the_last_token_is_a_mixed_end_value(
+    batch: Batch, gamma: float, gae_lambda: float, end_scale: float
+):
+    """A_T = r_T + gamma (lambda S + (1 - lambda) V_end) - V_T, whatever T and however wide the batch."""
+    score, end = batch.scores, end_scale * batch.scores.flip(0)
+    longer = one_longer(batch.mask)
+    assert longer.sum(dim=1).tolist() == [n + 1 for n in batch.mask.sum(dim=1).tolist()]
+    last = last_token_mask(longer)
+    one = torch.zeros(len(score), 1, dtype=torch.float64)
+    found, returns = gae(
+        torch.where(last, score[:, None], torch.cat([batch.advantages, one], dim=1)),
+        torch.where(last, end[:, None], torch.cat([batch.old_values, one], dim=1)),
+        mask=longer,
+        bootstrap_values=torch.zeros_like(score),
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+    )
+    mixed, _ = gae(
+        batch.advantages,
+        batch.old_values,
+        mask=batch.mask,
+        bootstrap_values=gae_lambda * score + (1 - gae_lambda) * end,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+    )
+    close(torch.where(batch.mask, found[:, :-1], 0), mixed)
+    close(returns[last], score)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [
+        ("gae", [False, True, True, False, False, True]),
+        ("reinforce", [False, True, True, False, False, True]),
+        # Of prompt 1 a single response is left, of prompt 2 none.
+        ("rloo", [False, True, True, False, False, False]),
+        ("grpo", [False, True, True, False, False, False]),
+    ],
+)
+def test_what_is_left_when_truncated_responses_are_dropped(estimator, expected: list[bool]):
+    truncated = torch.tensor([True, False, False, True, True, False])
+    groups = torch.tensor([0, 0, 0, 1, 2, 1])
+    for mode in ("terminal", "bootstrap", "drop"):
+        found = choose_learned(truncated, groups=groups, truncated_value=mode, estimator=estimator)
+        assert found.tolist() == (expected if mode == "drop" else [True] * 6)
 
 
 def test_normalisation_modes(vectors):
