@@ -98,6 +98,11 @@ class AlgorithmBase(Section):
         return cast(object, values)
 
     @property
+    def compares_by(self) -> str | None:
+        """The setting by which responses to one prompt are compared with each other; None where they are not."""
+        return None
+
+    @property
     def has_critic(self) -> bool:
         """Whether a critic is trained."""
         return False
@@ -129,6 +134,11 @@ class PolicyGradientBase(AlgorithmBase):
     critic_warmup_iterations: NonNegativeInt = 0
     """Iterations at the start that train the critic alone; without a critic there are none."""
     correction: CorrectionConfig = CorrectionConfig()
+
+    @property
+    def compares_by(self) -> str | None:
+        """The setting by which responses to one prompt are compared with each other; None where they are not."""
+        return f"algorithm.advantage = {self.advantage}" if self.advantage in ("rloo", "grpo") else None
 
     @property
     def has_critic(self) -> bool:
@@ -284,6 +294,11 @@ class A2CConfig(PenalizedBase):
 
 class SelectionBase(AlgorithmBase):
     """What the algorithms have in common that choose among the responses to a prompt, and need no advantages."""
+
+    @property
+    def compares_by(self) -> str | None:
+        """The setting by which responses to one prompt are compared with each other."""
+        return f"algorithm.name = {type(self).model_fields['name'].default}"
 
 
 class DPOConfig(SelectionBase):
