@@ -26,8 +26,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "ppo-reinforce": ("algorithm.name=ppo", "algorithm.advantage=reinforce"),
     "ppo-rloo": ("algorithm.name=ppo", "algorithm.advantage=rloo"),
     "ppo-grpo": ("algorithm.name=ppo", "algorithm.advantage=grpo"),
-    "dpo": ("algorithm.name=dpo"),
-    "rft": ("algorithm.name=rft"),
+    "dpo": ("algorithm.name=dpo",),
+    "rft": ("algorithm.name=rft",),
 }
 """What is changed of the quickstart."""
 
