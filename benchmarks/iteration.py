@@ -76,7 +76,7 @@ def configuration(size: str, *, directory: Path, iterations: int, responses: int
             f"learner.sft.num_steps={SFT_STEPS[size]}", "data.preferences.count=200", "data.demonstrations.count=4000",
             "learner.reward_model.num_epochs=1", "scoring.calibration_responses=64",
             "rounds.count=1", "rounds.overrides={}", "rounds.collect.comparisons=0", "rounds.heldout_share=0",
-            f"rollout.prompts_per_iteration={responses}", "algorithm.critic_warmup_iterations=0",
+            f"rollout.responses_per_iteration={responses}", "algorithm.critic_warmup_iterations=0",
             "learner.policy_optimizer.learning_rate=1e-5", "cluster.checkpoint_period_iterations=1000000",
         ],
     )  # fmt: skip

@@ -18,17 +18,16 @@ from rich.console import Console
 from rich.table import Table
 
 ROUND = ("rounds.count=1", "rounds.collect.comparisons=0")
-SIBLINGS = ("rollout.prompts_per_iteration=32", "rollout.samples_per_prompt=4")
 METHODS: dict[str, tuple[str, ...]] = {
     "apa": (),
     "ppo": ("algorithm.name=ppo",),
     "a2c": ("algorithm.name=a2c",),
     "awr": ("algorithm.name=awr",),
     "ppo-reinforce": ("algorithm.name=ppo", "algorithm.advantage=reinforce"),
-    "ppo-rloo": ("algorithm.name=ppo", "algorithm.advantage=rloo", *SIBLINGS),
-    "ppo-grpo": ("algorithm.name=ppo", "algorithm.advantage=grpo", *SIBLINGS),
-    "dpo": ("algorithm.name=dpo", *SIBLINGS),
-    "rft": ("algorithm.name=rft", *SIBLINGS),
+    "ppo-rloo": ("algorithm.name=ppo", "algorithm.advantage=rloo"),
+    "ppo-grpo": ("algorithm.name=ppo", "algorithm.advantage=grpo"),
+    "dpo": ("algorithm.name=dpo",),
+    "rft": ("algorithm.name=rft",),
 }
 """What is changed of the quickstart."""
 

@@ -91,12 +91,12 @@ def read(config: RunConfig, tokenizer: Any) -> FixedResponses:
         text = text_of(record.prompt)
         prompts.append(Prompt(prompt_id=name, token_ids=prompt_ids, text=text, source=record.prompt))
         responses[name] = response_ids
-    if len(prompts) < limits.prompts_per_iteration:
+    if len(prompts) < limits.responses_per_iteration:
         raise UserError(
-            f"{len(prompts)} responses can be used, and an iteration takes {limits.prompts_per_iteration}: "
+            f"{len(prompts)} responses can be used, and an iteration takes {limits.responses_per_iteration}: "
             f"{report.summary()}",
             where=f"data.responses: {source.source}",
-            next_step="give more responses, lower rollout.prompts_per_iteration, or raise the limits named here",
+            next_step="give more responses, lower rollout.responses_per_iteration, or raise the limits named here",
         )
     for what, counted in (("rows", rows), ("responses", report)):
         if counted.num_dropped:

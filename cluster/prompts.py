@@ -111,8 +111,8 @@ class PromptStream:
         if num_prompts > len(self.prompts):
             raise UserError(
                 f"an iteration asks for {num_prompts} different prompts, but there are only {len(self.prompts)}",
-                where="rollout.prompts_per_iteration",
-                next_step="lower it and raise rollout.samples_per_prompt, or give more prompts",
+                where="rollout.responses_per_iteration",
+                next_step="lower it, raise rollout.samples_per_prompt, or give more prompts",
             )
         taken = self._order[self._position : self._position + num_prompts]
         self._position += len(taken)

@@ -6,55 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 from pydantic import Field, model_validator
 
 from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from configs.correction import CorrectionConfig
+from configs.kl import KLControllerConfig, KLEstimator
 from configs.rollout import RolloutConfig
 
 AdvantageNorm = Literal["none", "batch_std_only", "whiten"]
-KLEstimator = Literal["k1", "k2", "k3", "k3+"]
-
-
-class KLControllerConfig(Section):
-    """How the KL coefficient moves between iterations."""
-
-    kind: Literal["fixed", "adaptive", "doubling"] = "fixed"
-    """`adaptive`: in proportion to the distance from the target, by little each time (Ziegler et al.); `doubling`: to
-    half or twice where the KL is off by more than a factor of 1.5 (the PPO paper)."""
-    target_nats_per_sequence: PositiveFloat = 6.0
-    """The target for the mean over sequences of the summed k1 estimate."""
-    horizon_episodes: PositiveInt = 10_000
-    """Responses over which the adaptive controller may change the coefficient by about 20%."""
-
-
-class CorrectionConfig(Section):
-    """What the loss makes of samples that another policy drew: an older version, or the engine's other numerics.
-
-    w_t = pi_old / mu, where mu is the policy as the engine ran it and pi_old the learner's before the first step.
-    """
-
-    weight: Literal["none", "full", "tis", "clamp", "icepop", "sequence_mask", "sequence_tis"] = "none"
-    """What every token's loss is multiplied by. `full`: w, which makes PPO the decoupled PPO; `tis`: min(w, high);
-    `clamp`: w within [low, high]; `icepop`: w, but 0 outside [low, high]; `sequence_mask`: w, but 0 for responses whose
-    geometric mean of w is outside [low, high]; `sequence_tis`: min(product over the response, high). APA and AWR, which
-    have no ratio, take it for tokens of older versions only."""
-    low: PositiveFloat = 0.5
-    high: PositiveFloat = 2.0
-    old_policy: Literal["recomputed", "behavior"] = "recomputed"
-    """What PPO's ratio is taken against: the learner's own log-probs from before the first step, or (`behavior`, called
-    bypass) those that the engine recorded."""
-    alarm_k3: PositiveFloat = 1e-3
-    """An incident is written where the mean k3 between engine and learner, over tokens of this very version, is above
-    this."""
-
-    @model_validator(mode="after")
-    def _counts_once(self) -> Self:
-        if self.low >= self.high:
-            raise ValueError(f"low = {self.low} must be less than high = {self.high}")
-        if self.old_policy == "behavior" and self.weight != "none":
-            raise ValueError(
-                f"weight = {self.weight} with old_policy = behavior would count the same ratio twice: pi / mu already "
-                "holds pi_old / mu; choose one of the two"
-            )
-        return self
-
 
 _OF_THE_KL = ("kl_beta", "kl_controller", "kl_in", "kl_estimator")
 _OF_THE_RATIO = ("clip_low", "clip_high", "dual_clip", "max_approx_kl")
@@ -103,6 +59,11 @@ class AlgorithmBase(Section):
             if key in cls.not_here:
                 raise ValueError(f"{key} has no meaning for this algorithm: {cls.not_here[key]}")
         return cast(object, values)
+
+    @property
+    def compares_by(self) -> str | None:
+        """The setting by which responses to one prompt are compared with each other; None where they are not."""
+        return None
 
     @property
     def has_critic(self) -> bool:
@@ -155,6 +116,11 @@ class PolicyGradientBase(AlgorithmBase):
     repeat_minibatch: bool = False
     """Each minibatch is stepped `num_epochs` times in a row before the next one (as in the APA paper's released code),
     instead of reshuffled passes."""
+
+    @property
+    def compares_by(self) -> str | None:
+        """The setting by which responses to one prompt are compared with each other; None where they are not."""
+        return f"algorithm.advantage = {self.advantage}" if self.advantage in ("rloo", "grpo") else None
 
     @property
     def has_critic(self) -> bool:
@@ -231,16 +197,12 @@ class PolicyGradientBase(AlgorithmBase):
         return self
 
     @model_validator(mode="after")
-    def _end_means_one_thing(self) -> Self:
+    def _rewards_mean_one_thing(self) -> Self:
         if self.score_at == "after_last_token" and self.truncated_value == "bootstrap":
             raise ValueError(
                 "score_at = after_last_token makes the value after the last token a forecast of the score, and "
                 "truncated_value = bootstrap takes it for what would have followed the score; choose one of the two"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _lambda_keeps_its_units(self) -> Self:
         if self.whiten_rewards and isinstance(self, APAConfig | AWRConfig) and self.adv_norm == "none":
             raise ValueError(
                 f"whiten_rewards divides by a scale of each batch's own, which would take the units from "
@@ -366,6 +328,11 @@ class A2CConfig(PenalizedBase):
 
 class SelectionBase(AlgorithmBase):
     """What the algorithms have in common that choose among the responses to a prompt, and need no advantages."""
+
+    @property
+    def compares_by(self) -> str | None:
+        """The setting by which responses to one prompt are compared with each other."""
+        return f"algorithm.name = {type(self).model_fields['name'].default}"
 
 
 class DPOConfig(SelectionBase):

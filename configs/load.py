@@ -41,8 +41,10 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = resolve(source)
     tree = _read_yaml(path)
-    for override in overrides:
-        _apply(tree, override)
+    changes = [_parsed(override) for override in overrides]
+    _leave_to_its_own(tree, [str(value) for keys, value in changes if keys == ["algorithm", "name"]])
+    for keys, value in changes:
+        _apply(tree, keys, value)
     # Before anything that would quote a value: what stands here is kept in the run and shown to whoever looks at it.
     if found := with_passwords(tree):
         raise ConfigError(
@@ -106,48 +108,58 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], tree)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one value; a dotted key creates the sections on its way, and validation judges the names."""
+def _parsed(override: str) -> tuple[list[str], object]:
+    """Read an override: the parts of its dotted key, and its value."""
     key, separator, text = override.partition("=")
     keys = key.strip().split(".")
     if not separator or not all(keys) or not key.isprintable() or len(keys) > yaml_tree.MAX_DEPTH:
         raise ConfigError(f"cannot read the override {_shortened(override)}; write section.key=value")
     try:
-        value: object = yaml_tree.parse(text)
+        return keys, yaml_tree.parse(text)
     except yaml_tree.UnreadableYAML as error:
         raise ConfigError(f"cannot read the value of {key}: {error}\n{_NEXT}") from None
-    if keys == ["algorithm", "name"] and isinstance(tree.get("algorithm"), dict):
-        tree["algorithm"] = _for_algorithm(cast(dict[str, Any], tree["algorithm"]), str(value))
+
+
+def _apply(tree: dict[str, Any], keys: Sequence[str], value: object) -> None:
+    """Set one value; a dotted key creates the sections on its way, and validation judges the names."""
     node = tree
     for name in keys[:-1]:
         child = node.setdefault(name, {})
         if child is None:
             child = node[name] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"cannot set {key}: {name} is a value, not a section; set the whole of it, {name}=...")
+            raise ConfigError(
+                f"cannot set {'.'.join(keys)}: {name} is a value, not a section; set the whole of it, {name}=..."
+            )
         node = cast(dict[str, Any], child)
     node[keys[-1]] = value
 
 
-def _for_algorithm(section: dict[str, Any], name: str) -> dict[str, Any]:
-    """Switch `algorithm.name` by an override, so that one line compares two algorithms.
+def _leave_to_its_own(tree: dict[str, Any], names: Sequence[str]) -> None:
+    """Make one override switch the algorithm: the file's keys that its own one has, and the new one has not, go.
 
-    Settings of the file that the new algorithm does not have are set aside, and said so.
+    That they go is what naming another algorithm means. What neither has, and what other overrides set, stays to be
+    judged: it is a mistake.
     """
+    section: object = tree.get("algorithm")
+    if not names or not isinstance(section, dict):
+        return
+    section = cast(dict[str, Any], section)
     classes = {
         str(model.model_fields["name"].default): model
         for model in _models_in(AlgorithmConfig)
         if issubclass(model, AlgorithmBase)
     }
-    if name not in classes:
-        return {**section, "name": name}
-    known = classes[name].model_fields
-    unfit = [key for key in section if key not in known]
-    if classes[name].one_pass and section.get("num_epochs", 1) != 1:
-        unfit.append("num_epochs")
-    for key in unfit:
-        _LOG.warning("algorithm.%s = %s in the file does not apply to %s and is set aside", key, section[key], name)
-    return {key: value for key, value in section.items() if key not in unfit} | {"name": name}
+    old, new = (classes.get(str(name)) for name in (section.get("name"), names[-1]))
+    gone = [key for key in section if old and new and key in old.model_fields and key not in new.model_fields]
+    if old and new and new.one_pass and not old.one_pass and "num_epochs" in section:
+        gone.append("num_epochs")
+    for key in gone:
+        del section[key]
+    if gone:
+        _LOG.info(
+            "algorithm.name = %s instead of %s: the file's %s not read", names[-1], section["name"], ", ".join(gone)
+        )
 
 
 def _explain(error: ValidationError, source: str) -> str:

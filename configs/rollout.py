@@ -34,10 +34,14 @@ class RolloutConfig(Section):
 
     source: Literal["policy", "data"] = "policy"
     """Where the responses come from that the policy learns from: it samples them, or (`data`, offline learning) they
-    are those of `data.responses`, `prompts_per_iteration` at a time. Rollout workers sample for evaluation and
+    are those of `data.responses`, `responses_per_iteration` at a time. Rollout workers sample for evaluation and
     collection in either case."""
-    prompts_per_iteration: PositiveInt = 64
+    responses_per_iteration: PositiveInt = 64
+    """Responses that one iteration samples, whatever the algorithm; so many divided by `samples_per_prompt` prompts
+    are drawn."""
     samples_per_prompt: PositiveInt = 1
+    """Responses to each prompt. Where it is not given, the algorithm decides: 4 where it compares the responses to a
+    prompt with each other (`dpo`, `rft`, and `advantage` = `rloo` or `grpo`), or else 1."""
     max_prompt_tokens: PositiveInt = 512
     max_response_tokens: PositiveInt = 128
 
@@ -80,9 +84,9 @@ class RolloutConfig(Section):
         return self
 
     @property
-    def responses_per_iteration(self) -> int:
-        """Responses that one iteration samples."""
-        return self.prompts_per_iteration * self.samples_per_prompt
+    def prompts_per_iteration(self) -> int:
+        """Prompts that one iteration draws."""
+        return self.responses_per_iteration // self.samples_per_prompt
 
     @property
     def truncates_distribution(self) -> bool:

@@ -14,7 +14,6 @@ from configs.algorithm import (
     PolicyGradientBase,
     PPOConfig,
     RFTConfig,
-    SelectionBase,
 )
 from configs.base import Location, NonNegativeInt, Section
 from configs.cluster import ClusterConfig
@@ -27,6 +26,8 @@ from configs.rounds import RoundsConfig
 from configs.scoring import HELDOUT, HTTPRewardConfig, ModelRewardConfig, ScoringConfig
 from configs.tracking import TrackingConfig
 
+_SIBLINGS = 4
+"""Responses to each prompt where an algorithm compares them and nobody has said how many."""
 _MAX_SERVED_RANK = 512
 """The largest rank of an adapter that vLLM serves."""
 
@@ -65,13 +66,26 @@ class RunConfig(Section):
         return -(-self.algorithm.learned_responses(self.rollout) // self.algorithm.minibatch_responses)
 
     @model_validator(mode="after")
+    def _samples_as_the_algorithm_needs(self) -> Self:
+        # The first rule, so that the others, and the config.yaml that a run keeps, see the number.
+        if self.algorithm.compares_by is not None and "samples_per_prompt" not in self.rollout.model_fields_set:
+            rollout = self.rollout.model_copy(update={"samples_per_prompt": _SIBLINGS})
+            object.__setattr__(self, "rollout", rollout)  # the section is frozen for everyone but its own validation
+        return self
+
+    @model_validator(mode="after")
     def _batches_divide(self) -> Self:
-        responses = self.rollout.responses_per_iteration
+        responses, samples = self.rollout.responses_per_iteration, self.rollout.samples_per_prompt
+        if responses % samples:
+            raise ValueError(
+                f"rollout.responses_per_iteration = {responses} does not divide by rollout.samples_per_prompt = "
+                f"{samples} (without a value, {_SIBLINGS} where the algorithm compares a prompt's responses)"
+            )
         minibatch, together = self.algorithm.minibatch_responses, self.algorithm.responses_together
         if isinstance(self.algorithm, PolicyGradientBase) and responses % minibatch:
             raise ValueError(
-                f"rollout.prompts_per_iteration x rollout.samples_per_prompt = {responses} responses an iteration do "
-                f"not divide into minibatches of algorithm.minibatch_responses = {minibatch}"
+                f"rollout.responses_per_iteration = {responses} does not divide into minibatches of "
+                f"algorithm.minibatch_responses = {minibatch}"
             )
         learned = self.algorithm.learned_responses(self.rollout)
         if minibatch > learned:
@@ -125,7 +139,7 @@ class RunConfig(Section):
                 f"algorithm.name = {algorithm.name} learns from the policy's own samples, and nobody recorded with "
                 f"what probability the responses of data.responses were sampled: with {offline} use awr or apa"
             )
-        if algorithm.advantage in ("rloo", "grpo") or self.rollout.samples_per_prompt > 1:
+        if algorithm.compares_by is not None or self.rollout.samples_per_prompt > 1:
             raise ValueError(
                 f"{offline} hands out one response at a time, so that nothing is compared within a prompt: set "
                 "rollout.samples_per_prompt = 1 and algorithm.advantage = gae or reinforce"
@@ -175,14 +189,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _prompts_have_siblings(self) -> Self:
         algorithm, samples = self.algorithm, self.rollout.samples_per_prompt
-        compares = None
-        if isinstance(algorithm, SelectionBase):
-            compares = f"algorithm.name = {algorithm.name}"
-        elif algorithm.advantage in ("rloo", "grpo"):
-            compares = f"algorithm.advantage = {algorithm.advantage}"
-        if compares is not None and samples < 2:
+        if algorithm.compares_by is not None and samples < 2:
             raise ValueError(
-                f"{compares} compares the responses to one prompt with each other, and "
+                f"{algorithm.compares_by} compares the responses to one prompt with each other, and "
                 f"rollout.samples_per_prompt = {samples}: sample at least two"
             )
         if isinstance(algorithm, RFTConfig) and algorithm.kept_per_prompt >= samples:

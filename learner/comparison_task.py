@@ -21,6 +21,9 @@ class ComparisonTask:
         pairwise       L = weighted mean over pairs of the same
         plackett_luce  L = weighted mean over prompts of mean over the prompt's rankings of the Plackett-Luce loss
 
+    Weights are those of the judgements' sources. A prompt counts by the mean of its judgements' weights, which is its
+    source's where all are from one: L = sum over prompts of mean over pairs (w l), over sum over prompts of mean of w.
+
     Args:
         elements: The comparisons of each prompt.
         centering: Coefficient of the squared sum of a pair's scores.
@@ -48,10 +51,14 @@ class ComparisonTask:
 
     def normalizer(self, indices: Sequence[int]) -> float:
         """Add up the weights of what the loss is a mean over: a step's prompts, or its pairs."""
-        elements = (self.elements[index] for index in indices)
-        if self._objective == "pairwise":
-            return sum(element.weight * len(element.better) for element in elements)
-        return sum(element.weight for element in elements)
+        weights = [self._weights(self.elements[index]) for index in indices]
+        return sum(sum(each) / (1 if self._objective == "pairwise" else len(each)) for each in weights)
+
+    def _weights(self, element: Comparisons) -> Sequence[float]:
+        """Return the weights of what a prompt's loss is a mean over."""
+        if self._objective == "plackett_luce":
+            return [ranking.weight for ranking in element.rankings]
+        return element.weights
 
     def loss(self, forward: Forward, indices: Sequence[int], *, normalizer: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute a micro-batch's share of the loss; all scores of a prompt are always in the same one."""
@@ -64,9 +71,9 @@ class ComparisonTask:
         worse = [start + i for start, element in zip(starts, elements, strict=False) for i in element.worse]
         shares = [1 if self._objective == "pairwise" else len(element.better) for element in elements]
         weights = [
-            element.weight / (normalizer * share)
+            weight / (normalizer * share)
             for element, share in zip(elements, shares, strict=True)
-            for _ in element.better
+            for weight in element.weights
         ]
         margins = [margin for element in elements for margin in element.margins]
         return pairwise_loss(
@@ -91,7 +98,9 @@ class ComparisonTask:
         ]
         ranks = [ranking.ranks + pad for (_, ranking), pad in zip(rankings, padding, strict=True)]
         weights = [
-            element.weight / (normalizer * len(element.rankings)) for element in elements for _ in element.rankings
+            ranking.weight / (normalizer * len(element.rankings))
+            for element in elements
+            for ranking in element.rankings
         ]
         shape = (len(rankings), longest)
         return plackett_luce_loss(

@@ -1,11 +1,13 @@
 """The comparisons that a reward model learns from: read from their sources, gathered by prompt, and split by prompt.
 
-No prompt is ever on both sides of a split, whatever the round, and the two halves of the comparisons never meet.
+No prompt is ever on both sides of a split, whatever the round, and the two halves of the comparisons never meet. All
+judgements of a prompt, whatever their sources, are one element of a batch: taken for independent examples, the pairs of
+one prompt overfit.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +34,7 @@ class ComparisonSource:
     name: str
     data: SourceConfig
     weight: float = 1.0
-    """How much each of its prompts counts in the loss."""
+    """How much each of its judgements counts in the loss. A prompt counts by the mean of its judgements' weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,8 @@ class Ranking:
     """[K] which."""
     ranks: tuple[int, ...]
     """[K] 1 is best, equal ranks are ties."""
+    weight: float
+    """Its source's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,15 +81,22 @@ class Comparisons:
     """[P] to which."""
     margins: tuple[float, ...]
     """[P] by how much, in units of the score; 0 where nobody said."""
+    sources: tuple[str, ...]
+    """[P] where each pair is from."""
+    weights: tuple[float, ...]
+    """[P] its source's."""
     rankings: tuple[Ranking, ...]
     """A pair is a ranking of two."""
-    source: str = BASE
-    weight: float = 1.0
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the completions take when they are stacked."""
         return len(self.sequences) * max(sequence.num_tokens for sequence in self.sequences)
+
+    def pairs(self, source: str | None = None) -> list[tuple[int, int]]:
+        """Return the pairs, better and worse, that are from a source; all of them if none is named."""
+        every = zip(self.better, self.worse, self.sources, strict=True)
+        return [(better, worse) for better, worse, origin in every if source in (None, origin)]
 
 
 def read_comparisons(
@@ -96,7 +107,7 @@ def read_comparisons(
     context_tokens: int | None,
     beat: Callable[[], None] = lambda: None,
 ) -> tuple[list[Comparisons], ReadReport]:
-    """Read comparisons, encode them, and gather those of each source by prompt.
+    """Read comparisons, encode them, and gather those of all sources by prompt.
 
     Args:
         config: The run's configuration.
@@ -112,11 +123,10 @@ def read_comparisons(
         UserError: If fewer than two prompts are left.
     """
     reading = ReadReport(source=", ".join(source.data.source for source in sources))
-    elements: list[Comparisons] = []
+    by_prompt: dict[bytes, list[_Judged]] = {}
     for source in sources:
         if source.weight == 0:
             continue
-        by_prompt: dict[bytes, list[_Judged]] = {}
         records = read_judgements(
             source.data.source,
             split=source.data.split,
@@ -127,7 +137,7 @@ def read_comparisons(
         for number, record in enumerate(records, start=1):
             beat()
             where = f"{source.name}, comparison {number}"
-            encoded = _encode(tokenizer, record, margin=config.learner.reward_model.margin, where=where)
+            encoded = _encode(tokenizer, record, source, margin=config.learner.reward_model.margin, where=where)
             judged = encoded if context_tokens is None else encoded.within(context_tokens)
             if judged is not encoded:
                 reading.drop(f"longer than the model's context of {context_tokens} tokens", where)
@@ -135,14 +145,13 @@ def read_comparisons(
                 reading.num_kept -= 1
                 continue
             by_prompt.setdefault(judged.sequences[0].prompt_ids.tobytes(), []).append(judged)
-        elements += [_comparisons(judged, source) for judged in by_prompt.values()]
-    if len({element.sequences[0].prompt_ids.tobytes() for element in elements}) < 2:
+    if len(by_prompt) < 2:
         raise UserError(
             f"a reward model needs comparisons on at least two prompts, one to train on and one to hold out: "
             f"{reading.summary()}",
             where="data.preferences" if len(sources) == 1 and sources[0].name == BASE else "the rounds' comparisons",
         )
-    return elements, reading
+    return [_comparisons(judged) for judged in by_prompt.values()], reading
 
 
 def split(
@@ -198,6 +207,7 @@ class _Judged:
     sequences: tuple[TokenSequence, ...]
     ranks: tuple[int, ...]
     margin: float
+    source: ComparisonSource
 
     def within(self, context_tokens: int) -> "_Judged | None":
         """Leave out the completions that are too long; None where the rest orders nothing."""
@@ -207,7 +217,7 @@ class _Judged:
         ranks = tuple(self.ranks[i] for i in fitting)
         if len(set(ranks)) < 2:
             return None
-        return _Judged(sequences=tuple(self.sequences[i] for i in fitting), ranks=ranks, margin=self.margin)
+        return replace(self, sequences=tuple(self.sequences[i] for i in fitting), ranks=ranks)
 
     def pairs(self) -> list[tuple[int, int]]:
         """Return every pair that the ranks order, as places of the better and the worse; ties make none."""
@@ -215,14 +225,21 @@ class _Judged:
         return [(i, j) for i in places for j in places if self.ranks[i] < self.ranks[j]]
 
 
-def _encode(tokenizer: Any, record: PreferenceRecord | RankingRecord, *, margin: MarginKind, where: str) -> _Judged:
+def _encode(
+    tokenizer: Any,
+    record: PreferenceRecord | RankingRecord,
+    source: ComparisonSource,
+    *,
+    margin: MarginKind,
+    where: str,
+) -> _Judged:
     if isinstance(record, RankingRecord):
         completions, ranks, lead = record.completions, record.ranks, 0.0
     else:
         completions, ranks = (record.chosen, record.rejected), (1, 2)
         lead = _margin(record.margin, kind=margin, where=where)
     sequences = tuple(encode_pair(tokenizer, record.prompt, completion) for completion in completions)
-    return _Judged(sequences=sequences, ranks=ranks, margin=lead)
+    return _Judged(sequences=sequences, ranks=ranks, margin=lead, source=source)
 
 
 def _margin(given: float | None, *, kind: MarginKind, where: str) -> float:
@@ -241,12 +258,11 @@ def _margin(given: float | None, *, kind: MarginKind, where: str) -> float:
     return given if kind == "large" else given / MAX_STRENGTH
 
 
-def _comparisons(judgements: Sequence[_Judged], source: ComparisonSource) -> Comparisons:
+def _comparisons(judgements: Sequence[_Judged]) -> Comparisons:
     """Gather one prompt's judgements; a completion that several of them share is kept once."""
     place: dict[bytes, int] = {}
     sequences: list[TokenSequence] = []
     sides: list[int] = []
-    margins: list[float] = []
     for judged in judgements:
         for side in (side for pair in judged.pairs() for side in pair):
             key = judged.sequences[side].response_ids.tobytes()
@@ -254,20 +270,21 @@ def _comparisons(judgements: Sequence[_Judged], source: ComparisonSource) -> Com
                 place[key] = len(sequences)
                 sequences.append(judged.sequences[side])
             sides.append(place[key])
-        margins += [judged.margin] * len(judged.pairs())
     rankings = tuple(
         Ranking(
             completions=tuple(place[sequence.response_ids.tobytes()] for sequence in judged.sequences),
             ranks=judged.ranks,
+            weight=judged.source.weight,
         )
         for judged in judgements
     )
+    origins = [judged for judged in judgements for _ in judged.pairs()]
     return Comparisons(
         sequences=tuple(sequences),
         better=tuple(sides[::2]),
         worse=tuple(sides[1::2]),
-        margins=tuple(margins),
+        margins=tuple(origin.margin for origin in origins),
+        sources=tuple(origin.source.name for origin in origins),
+        weights=tuple(origin.source.weight for origin in origins),
         rankings=rankings,
-        source=source.name,
-        weight=source.weight,
     )

@@ -90,9 +90,9 @@ def train_reward_model(
         "sources": _sources(elements, job.sources, train),
         "heldout": _judged(scores, task, heldout),
         "heldout_by_source": {
-            source.name: _judged(scores, task, [i for i in heldout if elements[i].source == source.name])
+            source.name: _judged(scores, task, heldout, source=source.name)
             for source in job.sources
-            if any(elements[i].source == source.name for i in heldout)
+            if any(elements[i].pairs(source.name) for i in heldout)
         },
     }
     if job.incumbent is not None:
@@ -167,15 +167,29 @@ def _scores(
     return {index: everything[start : start + len(task.elements[index].sequences)] for index, start in start_of.items()}
 
 
-def _judged(scores: Mapping[int, NDArray[np.float64]], task: ComparisonTask, indices: Sequence[int]) -> dict[str, Any]:
-    """Judge the scores of some held-out prompts by their pairs."""
-    elements = [task.elements[index] for index in indices]
-    starts = np.cumsum([0, *(len(element.sequences) for element in elements)]).tolist()
-    return {"num_prompts": len(indices)} | validation_report(
-        np.concatenate([scores[index] for index in indices]),
-        better=np.array([start + i for start, e in zip(starts, elements, strict=False) for i in e.better]),
-        worse=np.array([start + i for start, e in zip(starts, elements, strict=False) for i in e.worse]),
-        response_tokens=np.array([len(sequence.response_ids) for e in elements for sequence in e.sequences]),
+def _judged(
+    scores: Mapping[int, NDArray[np.float64]],
+    task: ComparisonTask,
+    indices: Sequence[int],
+    *,
+    source: str | None = None,
+) -> dict[str, Any]:
+    """Judge the scores of some held-out prompts by their pairs, or by those from one source and what they compare."""
+    found: list[float] = []
+    tokens: list[int] = []
+    sides: list[int] = []
+    judged = {index: pairs for index in indices if (pairs := task.elements[index].pairs(source))}
+    for index, pairs in judged.items():
+        places = sorted({side for pair in pairs for side in pair})
+        start_of = {place: len(found) + number for number, place in enumerate(places)}
+        sides += [start_of[side] for pair in pairs for side in pair]
+        found += scores[index][places].tolist()
+        tokens += [len(task.elements[index].sequences[place].response_ids) for place in places]
+    return {"num_prompts": len(judged)} | validation_report(
+        np.array(found),
+        better=np.array(sides[::2]),
+        worse=np.array(sides[1::2]),
+        response_tokens=np.array(tokens),
     )
 
 
@@ -192,7 +206,8 @@ def _gate(
     assert job.incumbent is not None
     settings = config.rounds.gate
     newest = job.sources[-1].name
-    judged = [index for index in heldout if settings.pairs == "all" or task.elements[index].source == newest]
+    source = None if settings.pairs == "all" else newest
+    judged = [index for index in heldout if task.elements[index].pairs(source)]
     if len(judged) < settings.min_prompts:
         return {
             "incumbent": job.incumbent.name,
@@ -211,19 +226,14 @@ def _gate(
         [
             (found[index][better] - found[index][worse])
             for index in judged
-            for better, worse in zip(task.elements[index].better, task.elements[index].worse, strict=True)
+            for better, worse in task.elements[index].pairs(source)
         ]
         for found in (scores, before)
     ]
-
-    def prompt_of(index: int) -> bytes:
-        return task.elements[index].sequences[0].prompt_ids.tobytes()
-
-    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(map(prompt_of, judged)))}
     return {"incumbent": job.incumbent.name, "pairs": settings.pairs} | paired_gain(
         np.array(gaps[0]),
         np.array(gaps[1]),
-        prompts=np.array([number[prompt_of(index)] for index in judged for _ in task.elements[index].better]),
+        prompts=np.array([number for number, index in enumerate(judged) for _ in task.elements[index].pairs(source)]),
         metric=settings.metric,
         confidence=settings.confidence,
         resamples=settings.bootstrap_resamples,
@@ -238,8 +248,8 @@ def _sources(
     return {
         source.name: {
             "weight": source.weight,
-            "num_train_prompts": sum(element.source == source.name for element in trained_on),
-            "num_train_pairs": sum(len(e.better) for e in trained_on if e.source == source.name),
+            "num_train_prompts": sum(source.name in element.sources for element in trained_on),
+            "num_train_pairs": sum(element.sources.count(source.name) for element in trained_on),
         }
         for source in sources
     }

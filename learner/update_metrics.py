@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from configs.algorithm import APAConfig, CorrectionConfig, PolicyGradientConfig
+from configs.algorithm import APAConfig, PolicyGradientConfig
+from configs.correction import CorrectionConfig
 from learner.experience import Opinions, ResponseBatch, TrainBatch
 from learner.ops import kl as kl_ops
 from learner.ops import off_policy

@@ -18,7 +18,7 @@ from benchmarks.experiments.laboratory.arms import Arm
 from benchmarks.experiments.laboratory.plan import ALGORITHMS, TARGET_NATS, Command, parse, tempered, tuned_rates
 from benchmarks.experiments.laboratory.report import BySeed
 from benchmarks.experiments.laboratory.verdicts import Claim, Curve, falling, judge, last, turns
-from configs.algorithm import KLControllerConfig
+from configs.kl import KLControllerConfig
 
 NAME = "controller"
 BETAS = (0.0, 0.05, 0.1, 0.2, 0.5)

@@ -29,7 +29,8 @@ from benchmarks.experiments.laboratory.plan import ALGORITHMS, Command, Plan, pa
 from benchmarks.experiments.laboratory.report import BySeed
 from benchmarks.experiments.laboratory.verdicts import Claim, Curve, falling, judge, read_curve, turns
 from benchmarks.experiments.laboratory.world import RewardSpec
-from configs.algorithm import AlgorithmConfig, KLControllerConfig
+from configs.algorithm import AlgorithmConfig
+from configs.kl import KLControllerConfig
 
 NAME = "overoptimization"
 FRACTIONS = (32, 8, 4, 1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.algorithm import KLControllerConfig, KLEstimator
+from configs.kl import KLControllerConfig, KLEstimator
 from learner.ops.aggregate import weighted_sum, where_weighted
 from learner.ops.masked import check_alike, masked_sum
 

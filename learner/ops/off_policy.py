@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from configs.algorithm import CorrectionConfig
+from configs.correction import CorrectionConfig
 from learner.ops.kl import MAX_EXPONENT, k3
 from learner.ops.masked import check_alike, check_mask
 

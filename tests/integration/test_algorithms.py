@@ -7,7 +7,7 @@ import pytest
 
 from tests.rondo_process import metrics_of, train_tiny
 
-RLOO = ("algorithm.name=ppo", "algorithm.advantage=rloo", "rollout.samples_per_prompt=2")
+RLOO = ("algorithm.name=ppo", "algorithm.advantage=rloo")
 pytestmark = pytest.mark.slow
 
 

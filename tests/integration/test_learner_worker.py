@@ -26,7 +26,7 @@ from tests.tiny import tiny_llama
 from tests.tiny_run import tiny_overrides
 
 OVERRIDES = (
-    *("learner.workers=2", "learner.zero_stage=3", "learner.bucket_mib=0.1", "rollout.prompts_per_iteration=16"),
+    *("learner.workers=2", "learner.zero_stage=3", "learner.bucket_mib=0.1", "rollout.responses_per_iteration=16"),
     # The batches are drawn at random: no policy has sampled them.
     *(f"learner.guards.{name}=null" for name in ("logprob_gap_mean_nats", "ratio_p999", "ess_fraction")),
 )

@@ -16,7 +16,7 @@ from tests.tiny_run import tiny_config
 CASES: dict[str, tuple[str, ...]] = {
     "awr": ("algorithm.name=awr",),
     "a2c": ("algorithm.name=a2c",),
-    "rloo": ("algorithm.name=ppo", "algorithm.advantage=rloo", "rollout.samples_per_prompt=2"),
+    "rloo": ("algorithm.name=ppo", "algorithm.advantage=rloo"),
     "ptx": ("algorithm.name=ppo", "algorithm.ptx_coefficient=0.5", "algorithm.ptx_texts=4"),
 }
 UNGUARDED = "learner.guards={logprob_gap_mean_nats: null, ratio_p999: null, ess_fraction: null}"

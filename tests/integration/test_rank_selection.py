@@ -15,7 +15,7 @@ from tests.selection_batches import sampled
 from tests.tiny import tiny_llama
 from tests.tiny_run import tiny_config
 
-SAMPLES = ("rollout.prompts_per_iteration=8", "rollout.samples_per_prompt=3", "algorithm.minibatch_responses=4")
+SAMPLES = ("rollout.responses_per_iteration=24", "rollout.samples_per_prompt=3", "algorithm.minibatch_responses=4")
 UNGUARDED = "learner.guards={logprob_gap_mean_nats: null, ratio_p999: null, ess_fraction: null}"
 """The batch's behaviour log-probs are those of no engine."""
 

@@ -10,16 +10,16 @@ import pytest
 from tests.rondo_process import rondo, signalled_when, train_tiny, untimed
 from tests.tiny_run import tiny_overrides
 
-SAMPLES = ("rollout.prompts_per_iteration=8", "rollout.samples_per_prompt=4")
+BATCH = "rollout.responses_per_iteration=32"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def train(directory: Path, *overrides: str) -> Path:
-    return train_tiny(directory, *overrides, *SAMPLES)
+    return train_tiny(directory, *overrides, BATCH)
 
 
 def stopped_when(directory: Path, said: str, *overrides: str) -> None:
-    arguments = ["train", "quickstart", *tiny_overrides(directory, *overrides, *SAMPLES)]
+    arguments = ["train", "quickstart", *tiny_overrides(directory, *overrides, BATCH)]
     code, output = signalled_when(said, arguments, signal.SIGTERM)
     assert code == 75, output
 

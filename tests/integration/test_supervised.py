@@ -13,6 +13,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from configs.data import SourceConfig
 from configs.learner import LearnerConfig, OptimizerConfig
 from configs.run import RunConfig
 from learner import worker
@@ -344,13 +345,14 @@ def test_a_source_counts_by_its_weight(policy: Path, tmp_path: Path) -> None:
     config = small_config(tmp_path, f"data.preferences.source={HERE}:kindness", "data.preferences.count=4")
     tokenizer = load_tokenizer(policy)
     [source] = base(config)
-    heavy = ComparisonSource(name="round 1", data=source.data, weight=3.0)
+    ranked = SourceConfig(source=f"{HERE}:rankings", count=4)
+    heavy = ComparisonSource(name="round 1", data=ranked, weight=3.0)
     none = ComparisonSource(name="round 2", data=source.data, weight=0.0)
     elements, _ = read_comparisons(config, tokenizer, (source, heavy, none), context_tokens=None)
-    assert [element.source for element in elements] == ["base"] * 4 + ["round 1"] * 4
+    assert [set(element.sources) for element in elements] == [{"base"}] * 4 + [{"round 1"}] * 4
     task = ComparisonTask(elements, centering=0.0, pad_id=0, layout="sorted", device=torch.device("cpu"))
     model = scalar_from_policy(policy, seed=1).eval()
-    single = [task.loss(model, [index], normalizer=elements[index].weight)[0].item() for index in range(8)]
+    single = [task.loss(model, [index], normalizer=elements[index].weights[0])[0].item() for index in range(8)]
     normalizer = task.normalizer([0, 5])
     assert normalizer == 4.0
     both, _ = task.loss(model, [0, 5], normalizer=normalizer)

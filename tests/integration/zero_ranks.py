@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.algorithm import KLControllerConfig, PPOConfig
+from configs.algorithm import PPOConfig
+from configs.kl import KLControllerConfig
 from configs.learner import LearnerConfig, OptimizerConfig
 from learner import checkpoint, weight_sender
 from learner.engine import DeepSpeedEngine

@@ -21,7 +21,7 @@ from benchmarks.experiments.laboratory.rank import single_rank
 from benchmarks.experiments.laboratory.sampling import Samples, sample, scores
 from learner.batch import TokenSequence
 from learner.comparison_task import ComparisonTask
-from learner.comparisons import Comparisons
+from learner.comparisons import BASE, Comparisons
 from learner.models import PolicyModel, ScalarModel
 from learner.ops.reward_model import calibration
 from learner.supervised import DemonstrationTask
@@ -236,7 +236,15 @@ def judged(network: ScalarModel, pairs: Sequence[Comparisons]) -> dict[str, Any]
 
 def _pair(sequences: Sequence[TokenSequence], lead: float) -> Comparisons:
     better = 0 if lead > 0 else 1
-    return Comparisons(sequences=tuple(sequences), better=(better,), worse=(1 - better,), margins=(0.0,), rankings=())
+    return Comparisons(
+        sequences=tuple(sequences),
+        better=(better,),
+        worse=(1 - better,),
+        margins=(0.0,),
+        sources=(BASE,),
+        weights=(1.0,),
+        rankings=(),
+    )
 
 
 def _task(pairs: Sequence[Comparisons]) -> ComparisonTask:

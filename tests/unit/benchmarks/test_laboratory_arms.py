@@ -13,8 +13,8 @@ from benchmarks.experiments.laboratory.language import worth
 from benchmarks.experiments.laboratory.plan import ALGORITHMS, FULL, SLICE, parse, tempered
 from benchmarks.experiments.laboratory.units import WrongUnitController, mistaken_kl
 from benchmarks.experiments.laboratory.world import RewardSpec, Size, World
-from configs.algorithm import KLControllerConfig
 from configs.base import Section
+from configs.kl import KLControllerConfig
 from learner.ops.kl import AdaptiveKLController, SequenceKL
 from tests.learner_batches import scored_batch
 

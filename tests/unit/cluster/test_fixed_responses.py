@@ -50,7 +50,7 @@ def config_with(tmp_path: Path, rows: list[dict[str, Any]], *overrides: str, tak
         tmp_path,
         f"data.responses={{source: {path}}}",
         "rollout.source=data",
-        f"rollout.prompts_per_iteration={takes}",
+        f"rollout.responses_per_iteration={takes}",
         f"algorithm.minibatch_responses={takes}",
         *overrides,
     )

@@ -410,7 +410,7 @@ def test_how_numbers_are_written() -> None:
 
 
 def test_pairs_are_drawn_where_some_were_learned(finished: str, tmp_path: Path) -> None:
-    config = written_config(tmp_path, "algorithm.name=dpo", "rollout.samples_per_prompt=2")
+    config = written_config(tmp_path, "algorithm.name=dpo")
     directory = claim(config)
     write_metrics(directory, num_rounds=1)
     lines = [json.loads(line) for line in directory.metrics.read_text().splitlines()]

@@ -84,7 +84,7 @@ def test_checkpoints_are_due_at_the_period_and_at_the_end() -> None:
 
 
 def test_a_prompt_that_comes_twice_keeps_keys_unique() -> None:
-    config = load("quickstart", ["rollout.samples_per_prompt=2", "rollout.prompts_per_iteration=64"])
+    config = load("quickstart", ["rollout.samples_per_prompt=2"])
     requests = schedule.requests([prompt("a"), prompt("b"), prompt("a")], config, round=1, iteration=3)
     assert [(r.key.prompt_id, r.key.sample) for r in requests] == [
         ("a", 0),

@@ -46,17 +46,18 @@ MALFORMED_OVERRIDES: tuple[tuple[str, str], ...] = (
 _HTTP = "models.critic.init=policy"
 _PPO = "algorithm.name=ppo"
 _ADAPTER = ("rollout.publish=adapter", "models.policy.train.lora.rank=512")
-_DPO = ("algorithm.name=dpo", "rollout.samples_per_prompt=2")
-_RFT = ("algorithm.name=rft", "rollout.samples_per_prompt=2")
+_SINGLE = "rollout.samples_per_prompt=1"
+_DPO = ("algorithm.name=dpo",)
+_RFT = ("algorithm.name=rft",)
 
 _BATCHES = tuple(
     (
         (
-            f"rollout.prompts_per_iteration={prompts}",
+            f"rollout.responses_per_iteration={prompts * samples}",
             f"rollout.samples_per_prompt={samples}",
             f"algorithm.minibatch_responses={minibatch}",
         ),
-        f"{prompts * samples} responses an iteration do not divide",
+        f"responses_per_iteration = {prompts * samples} does not divide into minibatches",
     )
     for prompts, samples, minibatch in (
         (128, 1, 33),
@@ -69,6 +70,17 @@ _BATCHES = tuple(
         (1000, 1, 3),
         (31, 2, 60),
         (256, 4, 768),
+    )
+)
+_SAMPLES = tuple(
+    (
+        (*overrides, f"rollout.responses_per_iteration={responses}"),
+        f"does not divide by rollout.samples_per_prompt = {samples}",
+    )
+    for overrides, responses, samples in (
+        (_DPO, 126, 4),
+        (("algorithm.advantage=grpo", "algorithm.minibatch_responses=2"), 6, 4),
+        (("rollout.samples_per_prompt=3",), 128, 3),
     )
 )
 _ROUNDS = tuple(
@@ -103,6 +115,7 @@ _OFFLINE = tuple(
 
 CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     *_BATCHES,
+    *_SAMPLES,
     *_ROUNDS,
     *_OFFLINE,
     (("rollout.source=data",), "rollout.source = data needs data.responses"),
@@ -226,8 +239,8 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("algorithm.correction.weight=tis",), "algorithm.correction.weight = tis would change nothing"),
     (("algorithm.name=awr", "algorithm.correction.weight=clamp"), "every batch of a run is the current version's"),
     (("algorithm.name=awr", "algorithm.correction.old_policy=behavior"), "this algorithm has no ratio"),
-    ((_PPO, "algorithm.advantage=rloo"), "rollout.samples_per_prompt = 1: sample at least two"),
-    (("algorithm.advantage=grpo",), "rollout.samples_per_prompt = 1: sample at least two"),
+    ((_PPO, "algorithm.advantage=rloo", _SINGLE), "rollout.samples_per_prompt = 1: sample at least two"),
+    (("algorithm.advantage=grpo", _SINGLE), "rollout.samples_per_prompt = 1: sample at least two"),
     (("algorithm.advantage=reinforce", "algorithm.gamma=0.9"), "discounts by token"),
     (("algorithm.advantage=reinforce", "algorithm.truncated_value=bootstrap"), "has no critic"),
     (("algorithm.advantage=reinforce", "algorithm.score_at=after_last_token"), "compares whole responses"),
@@ -242,8 +255,8 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*_DPO, "algorithm.score_at=after_last_token"), "there are no advantages and no critic"),
     ((*_RFT, "algorithm.whiten_rewards=true"), "there are no advantages and no critic"),
     (("algorithm.apa_lambda=0",), "apa_lambda"),
-    (("algorithm.name=dpo",), "algorithm.name = dpo compares the responses to one prompt"),
-    (("algorithm.name=rft",), "algorithm.name = rft compares the responses to one prompt"),
+    ((*_DPO, _SINGLE), "algorithm.name = dpo compares the responses to one prompt"),
+    ((*_RFT, _SINGLE), "algorithm.name = rft compares the responses to one prompt"),
     ((*_DPO, "algorithm.kl_beta=0.1"), "algorithm: kl_beta has no meaning for this algorithm: its loss holds"),
     ((*_DPO, "algorithm.kl_controller={kind: adaptive}"), "kl_controller has no meaning for this algorithm"),
     ((*_DPO, "algorithm.advantage=rloo"), "there are no advantages and no critic"),
@@ -253,7 +266,7 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*_DPO, "algorithm.correction={weight: tis}"), "without a ratio to the policy that sampled them"),
     ((*_DPO, "algorithm.apa_lambda=1"), "apa_lambda: unknown key"),
     ((*_DPO, "algorithm.minibatch_responses=33"), "is odd, and a pair counts two"),
-    ((*_DPO, "algorithm.minibatch_responses=512"), "more than the 256 responses that an iteration of dpo learns from"),
+    ((*_DPO, "algorithm.minibatch_responses=512"), "more than the 64 responses that an iteration of dpo learns from"),
     ((*_DPO, "algorithm.minibatch_responses=4", "learner.workers=3"), "some ranks would have nothing to do"),
     ((*_DPO, "learner.micro_batch_tokens=191"), "learner.micro_batch_tokens = 191 cannot hold one pair"),
     ((*_DPO, "algorithm.dpo_beta=0"), "algorithm.dpo_beta"),
@@ -263,9 +276,9 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*_DPO, "algorithm.kind=ipo", "algorithm.flip_probability=0.1"), "is not read by kind = ipo"),
     ((*_RFT, "algorithm.kl_beta=0.1"), "algorithm: kl_beta has no meaning for this algorithm: it imitates"),
     ((*_RFT, "algorithm.gae_lambda=0.9"), "there are no advantages and no critic"),
-    ((*_RFT, "algorithm.kept_per_prompt=2"), "would keep all of them, the worst too"),
+    ((*_RFT, "algorithm.kept_per_prompt=4"), "would keep all of them, the worst too"),
     ((*_RFT, "algorithm.memory_responses=-1"), "algorithm.memory_responses"),
-    ((*_RFT, "algorithm.minibatch_responses=256"), "more than the 192 responses that an iteration of rft learns from"),
+    ((*_RFT, "algorithm.minibatch_responses=256"), "more than the 96 responses that an iteration of rft learns from"),
     (("rounds.count=1000000000",), "rounds.count"),
     (("rounds.count=0",), "rounds.count"),
     (("rounds.collect.comparisons=50",), "min_prompts"),

@@ -25,13 +25,15 @@ def test_a_command_is_accepted_as_it_stands(line: str, tmp_path: Path, monkeypat
     assert f"algorithm {name[1]}," in ended.out
 
 
-def test_there_is_a_command_for_each_method_that_needs_more_than_its_name() -> None:
-    assert [line.split()[2] for line in COMMANDS] == ["algorithm.name=dpo", "algorithm.name=rft"]
+def test_there_is_a_command_for_each_kind_of_method() -> None:
+    changes = [" ".join(line.split()[2:-1]) for line in COMMANDS]
+    by_name = [f"algorithm.name={name}" for name in ("awr", "dpo", "rft")]
+    assert changes == [*by_name, "algorithm.name=ppo algorithm.advantage=rloo"]
 
 
 @pytest.mark.parametrize("name", ["ppo", "apa", "awr", "a2c", "dpo", "rft"])
 def test_every_method_has_its_line(name: str) -> None:
-    assert load("quickstart", [f"algorithm.name={name}", "rollout.samples_per_prompt=2"]).algorithm.name == name
+    assert load("quickstart", [f"algorithm.name={name}"]).algorithm.name == name
     assert re.search(rf"^\| `{name}` \| .+ \| .+ \| .+ \|$", TEXT, flags=re.MULTILINE)
 
 

@@ -1,11 +1,12 @@
 """Configurations: strict, explained, and equal after a round trip."""
 
-import logging
 from pathlib import Path
 
 import pytest
 
 from configs.load import PRESETS, ConfigError, config_hash, dump, load
+from configs.rollout import RolloutConfig
+from configs.run import RunConfig
 
 PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
@@ -44,7 +45,7 @@ def test_yaml_is_1_2() -> None:
         ("rollout.workers=two", "rollout.workers: Input should be a valid integer, not 'two'"),
         ("rollout.workers=1.5", "rollout.workers"),
         ("rollout.workers=0", "rollout.workers: Input should be greater than 0"),
-        ("algorithm.minibatch_responses=33", "128 responses an iteration do not divide into minibatches"),
+        ("algorithm.minibatch_responses=33", "responses_per_iteration = 128 does not divide into minibatches"),
         ("rollout.top_p=0.9", "truncated distribution"),
         ("rollout.weight_transfer=nccl", "rollout.weight_transfer"),
         ("learner.micro_batch_tokens=50", "cannot hold one sequence"),
@@ -76,18 +77,6 @@ def test_broken_yaml_and_empty_files_are_explained(tmp_path: Path) -> None:
         load(tmp_path / "broken.yaml")
     with pytest.raises(ConfigError, match="holds no sections"):
         load(tmp_path / "empty.yaml")
-
-
-def test_switching_the_algorithm_sets_its_strange_keys_aside_aloud(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        config = load("quickstart", ["algorithm.name=ppo"])
-    assert config.algorithm.name == "ppo"
-    assert "apa_lambda" in caplog.text
-
-
-def test_a_strange_key_given_together_with_the_switch_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="apa_lambda: unknown key"):
-        load("quickstart", ["algorithm.name=ppo", "algorithm.apa_lambda=1"])
 
 
 def test_the_hash_follows_the_content() -> None:
@@ -142,6 +131,63 @@ def test_without_a_critic_there_is_no_need_of_a_reward_model_to_start_it_from() 
         load("quickstart", [*overrides, "rounds.count=1", "rounds.overrides={}"])
 
 
+_COMPARING = ("algorithm.name=dpo", "algorithm.name=rft", "algorithm.advantage=rloo", "algorithm.advantage=grpo")
+
+
+@pytest.mark.parametrize(
+    ("preset", "line"),
+    [(preset, "algorithm.name=dpo") for preset in PRESET_NAMES] + [("quickstart", line) for line in _COMPARING[1:]],
+)
+def test_one_line_draws_siblings_and_leaves_the_number_of_responses(preset: str, line: str, tmp_path: Path) -> None:
+    before, after = load(preset).rollout, load(preset, [line]).rollout
+    assert (before.samples_per_prompt, after.samples_per_prompt) == (1, 4)
+    assert before.responses_per_iteration == after.responses_per_iteration == 4 * after.prompts_per_iteration
+    # What a run keeps has the number in it, is read back to the same, and is the same as by hand.
+    (tmp_path / "config.yaml").write_text(dump(load(preset, [line])))
+    assert "samples_per_prompt: 4" in (tmp_path / "config.yaml").read_text()
+    assert config_hash(load(tmp_path / "config.yaml")) == config_hash(load(preset, [line]))
+    assert config_hash(load(preset, [line, "rollout.samples_per_prompt=4"])) == config_hash(load(preset, [line]))
+
+
+def test_a_number_of_samples_that_is_given_holds() -> None:
+    for line in _COMPARING:
+        assert load("quickstart", [line, "rollout.samples_per_prompt=2"]).rollout.prompts_per_iteration == 64
+    assert load("quickstart", ["rollout.samples_per_prompt=4"]).rollout.prompts_per_iteration == 32
+    with pytest.raises(ConfigError, match="rollout.samples_per_prompt = 1: sample at least two"):
+        load("quickstart", ["rollout.samples_per_prompt=1", "algorithm.name=dpo"])
+
+
+def test_a_section_that_is_made_in_code_has_the_number_too() -> None:
+    whole = load("quickstart", ["algorithm.name=dpo"])
+    parts = {name: getattr(whole, name) for name in ("run", "models", "data", "algorithm")}
+    rollout = RunConfig(**parts, rollout=RolloutConfig(max_prompt_tokens=40, max_response_tokens=56)).rollout
+    assert (rollout.samples_per_prompt, rollout.prompts_per_iteration) == (4, 64 / 4)
+
+
+def test_a_switch_says_nothing_alarming_and_forgets_no_word_of_the_command(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    load("quickstart", ["algorithm.name=apa"])
+    assert not caplog.records
+    load("quickstart", ["algorithm.name=dpo"])
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "algorithm.name = dpo instead of apa: the file's apa_lambda, critic_warmup_iterations not read")
+    ]
+    for overrides in (
+        ["algorithm.apa_lambda=2", "algorithm.name=ppo"],
+        ["algorithm.name=ppo", "algorithm.apa_lambda=2"],
+    ):
+        with pytest.raises(ConfigError, match=r"algorithm\.apa_lambda: unknown key"):
+            load("quickstart", overrides)
+
+
+def test_a_misspelt_key_of_the_file_is_refused_under_another_algorithm_too(tmp_path: Path) -> None:
+    text = (PRESETS / "quickstart.yaml").read_text().replace("  minibatch_responses: 32", "  minibatch_response: 32")
+    (tmp_path / "mine.yaml").write_text(text)
+    for overrides in ([], ["algorithm.name=ppo"]):
+        with pytest.raises(ConfigError, match=r"minibatch_response: unknown key; did you mean minibatch_responses\?"):
+            load(tmp_path / "mine.yaml", overrides)
+
+
 @pytest.mark.parametrize("name", ["ppo", "apa", "awr", "a2c"])
 def test_one_line_switches_the_algorithm(name: str) -> None:
     config = load("quickstart", [f"algorithm.name={name}"])
@@ -157,33 +203,33 @@ def test_one_line_switches_from_a_file_that_makes_two_passes_to_an_algorithm_of_
 ) -> None:
     assert load("hh_pythia_1b_apa").algorithm.num_epochs == 2
     assert load("hh_pythia_1b_apa", ["algorithm.name=ppo"]).algorithm.num_epochs == 2
-    assert not [text for text in caplog.messages if "num_epochs" in text]
+    caplog.set_level("INFO")
     assert load("hh_pythia_1b_apa", ["algorithm.name=a2c"]).algorithm.num_epochs == 1
-    assert "algorithm.num_epochs = 2 in the file does not apply to a2c and is set aside" in caplog.messages
+    assert any("a2c instead of apa: the file's" in text and "num_epochs" in text for text in caplog.messages)
+    with pytest.raises(ConfigError, match="num_epochs = 2: the loss of a2c has no ratio"):
+        load("hh_pythia_1b_apa", ["algorithm.name=a2c", "algorithm.num_epochs=2"])
 
 
 @pytest.mark.parametrize("name", ["ppo", "apa", "awr", "a2c"])
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce"])
 def test_one_line_does_without_the_critic_where_its_keys_have_their_defaults(name: str, advantage: str) -> None:
     """As in a file that `dump` wrote, where every key stands."""
-    siblings = ["rollout.prompts_per_iteration=32", "rollout.samples_per_prompt=4", f"algorithm.name={name}"]
     spelled = [f"algorithm.gae_lambda={0.95}", f"algorithm.value_clip={0.2 if name == 'ppo' else 'null'}"]
-    config = load("quickstart", [*siblings, *spelled, f"algorithm.advantage={advantage}"])
+    config = load("quickstart", [f"algorithm.name={name}", *spelled, f"algorithm.advantage={advantage}"])
     assert not config.algorithm.has_critic
 
 
-@pytest.mark.parametrize(("name", "steps"), [("dpo", 2 * 64 // 32), ("rft", (64 + 64) // 32)])
+@pytest.mark.parametrize(("name", "steps"), [("dpo", 2 * 32 // 32), ("rft", (32 + 64) // 32)])
 def test_a_choice_among_responses_needs_no_critic_and_carries_no_key_of_one(name: str, steps: int) -> None:
-    samples = ["rollout.prompts_per_iteration=64", "rollout.samples_per_prompt=2"]
-    config = load("quickstart", [f"algorithm.name={name}", *samples])
+    config = load("quickstart", [f"algorithm.name={name}"])
     assert (config.algorithm.has_critic, config.algorithm.warmup_iterations) == (False, 0)
     assert config.minibatches_per_epoch == steps
     keys = set(config.algorithm.model_dump())
     assert not keys & {"advantage", "gamma", "gae_lambda", "value_clip", "correction", "kl_beta", "aggregation"}
-    uneven = load("quickstart", [f"algorithm.name={name}", *samples, "algorithm.minibatch_responses=50"])
-    assert uneven.minibatches_per_epoch == 3
+    uneven = load("quickstart", [f"algorithm.name={name}", "algorithm.minibatch_responses=50"])
+    assert uneven.minibatches_per_epoch == 2
 
 
 def test_a_wrong_value_inside_the_tagged_section_is_spelled_as_the_user_does() -> None:
     with pytest.raises(ConfigError, match=r"\n  algorithm\.kind: Input should be 'dpo', 'cdpo', 'robust' or 'ipo'"):
-        load("quickstart", ["algorithm.name=dpo", "rollout.samples_per_prompt=2", "algorithm.kind=1"])
+        load("quickstart", ["algorithm.name=dpo", "algorithm.kind=1"])

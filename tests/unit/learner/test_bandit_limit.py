@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.algorithm import A2CConfig, AlgorithmConfig, APAConfig, AWRConfig, CorrectionConfig, PPOConfig
+from configs.algorithm import A2CConfig, AlgorithmConfig, APAConfig, AWRConfig, PPOConfig
+from configs.correction import CorrectionConfig
 from configs.learner import LearnerConfig, OptimizerConfig
 from learner.experience import PassSettings
 from learner.update import Updater, UpdateSettings

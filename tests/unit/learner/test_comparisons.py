@@ -9,10 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from configs.data import SourceConfig
 from configs.load import ConfigError
 from configs.run import RunConfig
 from learner.comparison_task import ComparisonTask
-from learner.comparisons import BASE, Comparisons, ComparisonSource, Ranking, read_comparisons
+from learner.comparisons import (
+    BASE,
+    Comparisons,
+    ComparisonSource,
+    Half,
+    Ranking,
+    RewardModelJob,
+    read_comparisons,
+    split,
+)
 from protocol.datasets import ReadReport
 from protocol.errors import UserError
 from tests.tiny import tiny_tokenizer
@@ -71,8 +81,8 @@ def test_a_ranking_stays_whole_and_gives_the_pairs_that_it_orders(tmp_path: Path
     assert texts == ["a", "c", "b", "d"]
     assert list(zip(ranked.better, ranked.worse, strict=True)) == [(0, 1), (2, 0), (2, 1), (2, 3), (3, 1)]
     assert ranked.margins == (0.0,) * 5
-    assert ranked.rankings == (Ranking(completions=(0, 2, 1, 3), ranks=(2, 1, 3, 2)),)
-    assert elements[1].rankings == (Ranking(completions=(0, 1), ranks=(1, 2)),)
+    assert ranked.rankings == (Ranking(completions=(0, 2, 1, 3), ranks=(2, 1, 3, 2), weight=1.0),)
+    assert elements[1].rankings == (Ranking(completions=(0, 1), ranks=(1, 2), weight=1.0),)
     assert reading.num_kept == 2
 
 
@@ -82,6 +92,71 @@ def test_pairs_of_one_prompt_share_a_completion(tmp_path: Path) -> None:
     assert (elements[0].better, elements[0].worse) == ((0, 0), (1, 2))
     assert (elements[1].better, elements[1].worse) == ((0, 2), (1, 1))
     assert [ranking.completions for ranking in elements[1].rankings] == [(0, 1), (2, 1)]
+
+
+def gathered(tmp_path: Path, second: list[dict[str, Any]]) -> list[Comparisons]:
+    """Read PAIRS from one source of weight 1, and others from a second of weight 3."""
+    sources: list[ComparisonSource] = []
+    for name, rows, weight in ((BASE, PAIRS, 1.0), ("round 2", second, 3.0)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        sources.append(ComparisonSource(name=name, data=SourceConfig(source=str(path)), weight=weight))
+    config = tiny_config(tmp_path)
+    return read_comparisons(config, tiny_tokenizer(), sources, context_tokens=None)[0]
+
+
+AGAIN = [
+    {"prompt": "one", "chosen": "a river", "rejected": "the sky"},
+    {"prompt": "four", "chosen": "a", "rejected": "b"},
+]
+
+
+def test_a_prompt_of_two_sources_is_one_element(tmp_path: Path) -> None:
+    elements = gathered(tmp_path, AGAIN)
+    prompts = [tiny_tokenizer().decode(element.sequences[0].prompt_ids) for element in elements]
+    assert [word for text in prompts for word in ("one", "two", "four") if word in text] == ["one", "two", "four"]
+    one, two, four = elements
+    assert (one.better, one.worse) == ((0, 0, 2), (1, 2, 3))  # "a river" of the second source is that of the first
+    assert one.sources == (BASE, BASE, "round 2")
+    assert one.weights == (1.0, 1.0, 3.0)
+    assert [ranking.weight for ranking in one.rankings] == [1.0, 1.0, 3.0]
+    assert (one.pairs(), one.pairs(BASE), one.pairs("round 2")) == (
+        [(0, 1), (0, 2), (2, 3)],
+        [(0, 1), (0, 2)],
+        [(2, 3)],
+    )
+    assert (two.pairs("round 2"), four.pairs(BASE)) == ([], [])
+    assert (set(two.weights), set(four.weights)) == ({1.0}, {3.0})
+
+
+@pytest.mark.parametrize("half", ["all", "train", "heldout"])
+def test_no_prompt_of_two_sources_is_on_two_sides(half: Half, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {n}", "chosen": "yes", "rejected": "no"} for n in range(60)]
+    elements = gathered(tmp_path, [*rows, *AGAIN, *rows])
+    assert len(elements) == 63
+    job = RewardModelJob(policy=tmp_path, output=tmp_path, sources=(), half=half, heldout_share=0.5)
+    train, heldout = split(elements, job, fraction=0.3, seed=0)
+    prompts = [[elements[index].sequences[0].prompt_ids.tobytes() for index in side] for side in (train, heldout)]
+    assert len({*prompts[0]} | {*prompts[1]}) == len(train) + len(heldout)
+    assert min(len(train), len(heldout)) > 5
+
+
+@pytest.mark.parametrize("objective", ["k_choose_2", "pairwise", "plackett_luce"])
+def test_a_judgement_counts_by_its_source_within_a_prompt_too(tmp_path: Path, objective: str) -> None:
+    elements = gathered(tmp_path, AGAIN)
+    scores = scores_of(elements)
+    # Prompt "one": two judgements of weight 1 and one of weight 3; "two": two of weight 1; "four": one of weight 3.
+    losses = [[math.log1p(math.exp(s[w] - s[b])) for b, w in e.pairs()] for e, s in zip(elements, scores, strict=True)]
+    (a, b, c), (d, e), (f,) = losses
+    whole = [a + b + 3 * c, d + e, 3 * f]
+    if objective == "pairwise":
+        expected, total = sum(whole) / 10, 10
+    else:
+        expected, total = (whole[0] / 3 + whole[1] / 2 + whole[2]) / (5 / 3 + 1 + 3), 5 / 3 + 1 + 3
+    judged = task(elements, objective)
+    assert judged.normalizer([0, 1, 2]) == pytest.approx(total)
+    loss, _ = judged.loss(table, [0, 1, 2], normalizer=judged.normalizer([0, 1, 2]))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_ranking_without_what_is_too_long_is_kept_while_it_orders_something(tmp_path: Path) -> None:
@@ -94,7 +169,7 @@ def test_a_ranking_without_what_is_too_long_is_kept_while_it_orders_something(tm
     ]
     elements, reading, _ = read(tmp_path, rows, context_tokens=40)
     assert [len(element.sequences) for element in elements] == [2, 2]
-    assert elements[0].rankings == (Ranking(completions=(0, 1), ranks=(1, 3)),)
+    assert elements[0].rankings == (Ranking(completions=(0, 1), ranks=(1, 3), weight=1.0),)
     assert (reading.num_kept, reading.num_dropped) == (2, 3)
     assert reading.examples == {
         "longer than the model's context of 40 tokens": ["base, comparison 1", "base, comparison 2",

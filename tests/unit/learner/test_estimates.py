@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.algorithm import AlgorithmConfig, APAConfig, KLControllerConfig, PPOConfig
+from configs.algorithm import AlgorithmConfig, APAConfig, PPOConfig
+from configs.kl import KLControllerConfig
 from configs.learner import LearnerConfig, OptimizerConfig
 from learner.estimates import estimate
 from learner.experience import Opinions, PassSettings, flatten
 from learner.update import Updater, UpdateSettings
 from protocol import metrics as names
 from protocol.errors import NonFiniteError, UserError
-from protocol.messages import RolloutKey, ScoredBatch
+from protocol.messages import ScoredBatch
 from tests.learner_batches import scored_batch, tiny_critic, tiny_policy
 from tests.plain_engine import RecordingEngine
 
@@ -217,7 +218,7 @@ def siblings(batch: ScoredBatch, cut: Callable[[int], bool]) -> ScoredBatch:
         first = scored if number % 3 == 0 else rollouts[number - number % 3]
         rollout = replace(
             scored.rollout,
-            key=RolloutKey(*first.rollout.key[:3], number % 3),
+            key=first.rollout.key._replace(sample=number % 3),
             prompt=first.rollout.prompt,
             finish_reason="length" if cut(number) else "stop",
         )
@@ -269,7 +270,7 @@ def test_steps_are_of_even_size_however_many_are_left() -> None:
     updater = make(PPOConfig(minibatch_responses=4, truncated_value="drop"))
     sizes = []
     learn = updater._learn
-    updater._learn = lambda train, indices, sides: (sizes.append(len(indices)), learn(train, indices, sides))[1]
+    updater._learn = lambda train, indices, **sides: (sizes.append(len(indices)), learn(train, indices, **sides))[1]
     updater.update(batch)
     assert sizes == [3, 3, 3]
 

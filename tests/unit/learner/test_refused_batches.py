@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.algorithm import KLControllerConfig, PPOConfig
+from configs.algorithm import PPOConfig
+from configs.kl import KLControllerConfig
 from configs.learner import BatchGuardsConfig, LearnerConfig, OptimizerConfig
 from learner.estimates import estimate
 from learner.experience import Opinions, PassSettings, flatten

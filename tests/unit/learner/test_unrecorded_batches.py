@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs.algorithm import AlgorithmConfig, APAConfig, AWRConfig, CorrectionConfig, PPOConfig
+from configs.algorithm import AlgorithmConfig, APAConfig, AWRConfig, PPOConfig
+from configs.correction import CorrectionConfig
 from configs.learner import BatchGuardsConfig, LearnerConfig, OptimizerConfig
 from learner.experience import PassSettings, flatten
 from learner.records import read_batch, write_batch

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.algorithm import AlgorithmConfig, APAConfig, KLControllerConfig, PPOConfig
+from configs.algorithm import AlgorithmConfig, APAConfig, PPOConfig
+from configs.kl import KLControllerConfig
 from configs.learner import BatchGuardsConfig, LearnerConfig, OptimizerConfig
 from learner.experience import PassSettings, flatten
 from learner.update import Updater, UpdateSettings

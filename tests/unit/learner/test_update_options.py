@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.algorithm import A2CConfig, AlgorithmConfig, APAConfig, AWRConfig, CorrectionConfig, PPOConfig
+from configs.algorithm import A2CConfig, AlgorithmConfig, APAConfig, AWRConfig, PPOConfig
+from configs.correction import CorrectionConfig
 from configs.learner import LearnerConfig, OptimizerConfig
 from configs.load import load
 from learner import checkpoint

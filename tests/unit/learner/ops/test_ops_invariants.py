@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from op_batches import Batch, batches, close, garbage_values
 from torch import Tensor
 
-from configs.algorithm import A2CConfig, APAConfig, AWRConfig, CorrectionConfig, PPOConfig
+from configs.algorithm import A2CConfig, APAConfig, AWRConfig, PPOConfig
+from configs.correction import CorrectionConfig
 from learner.ops import a2c, apa, awr, kl, off_policy, ppo, value
 from learner.ops.advantages import gae, normalize
 from learner.ops.aggregate import AggregationMode, token_weights

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from op_batches import Batch, batches, close, make_batch, t64
 
-from configs.algorithm import KLControllerConfig
+from configs.kl import KLControllerConfig
 from learner.ops import kl
 from learner.ops.aggregate import token_weights
 from learner.ops.kl import AdaptiveKLController, FixedKLController, SequenceKL

@@ -10,7 +10,8 @@ from op_batches import Batch, batches, close, t64
 from pydantic import ValidationError
 from torch import Tensor
 
-from configs.algorithm import CorrectionConfig, PPOConfig
+from configs.algorithm import PPOConfig
+from configs.correction import CorrectionConfig
 from learner.ops import kl, off_policy, ppo
 from learner.ops.aggregate import token_weights
 from learner.ops.masked import masked_mean
