@@ -26,7 +26,6 @@ TINY = (
     "learner.sft.num_steps=30",
     "learner.reward_model.num_epochs=1",
     "algorithm.minibatch_responses=8",
-    "algorithm.critic_warmup_iterations=0",
     "rounds.count=1",
     "rounds.overrides={}",
     "rounds.collect.comparisons=0",
@@ -34,11 +33,14 @@ TINY = (
     "rounds.evaluation.num_prompts=16",
     "cluster.checkpoint_period_iterations=2",
 )
+WITHOUT_WARMUP = "algorithm.critic_warmup_iterations=0"
+WITHOUT_CRITIC = {"algorithm.name=dpo", "algorithm.name=rft"}
 
 
 def tiny_overrides(directory: Path, *overrides: str) -> list[str]:
     """Make the overrides of a tiny run kept under `directory`."""
-    return [*TINY, f"run.dir={directory}", "run.name=tiny", *overrides]
+    warmup = [] if WITHOUT_CRITIC & set(overrides) else [WITHOUT_WARMUP]
+    return [*TINY, *warmup, f"run.dir={directory}", "run.name=tiny", *overrides]
 
 
 def tiny_config(directory: Path, *overrides: str) -> RunConfig:

@@ -13,11 +13,12 @@ from protocol.records import text_of
 from reward_service.preferences.records import Label, Outcome, stable_id
 from reward_service.preferences.store import PreferenceStore
 from tests.rondo_process import metrics_of, rondo, signalled_when, untimed
-from tests.tiny_run import TINY
+from tests.tiny_run import TINY, WITHOUT_WARMUP
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = (
     *(setting for setting in TINY if not setting.startswith("rounds.")),
+    WITHOUT_WARMUP,
     "learner.sft.num_steps=60",
     "rollout.max_response_tokens=40",
     "learner.reward_model.heldout_fraction=0.3",
