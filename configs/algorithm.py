@@ -1,83 +1,20 @@
 """How the policy is updated: one class per algorithm, chosen by `algorithm.name`."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from configs.algorithm_base import OF_PPO_ALONE, OF_THE_KL, OF_THE_RATIO, AlgorithmBase
+from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from configs.correction import CorrectionConfig
 from configs.kl import KLControllerConfig, KLEstimator
-from configs.rollout import RolloutConfig
+from configs.selection import SelectionConfig
 
 AdvantageNorm = Literal["none", "batch_std_only", "whiten"]
 
-_OF_THE_KL = ("kl_beta", "kl_controller", "kl_in", "kl_estimator")
-_OF_THE_RATIO = ("clip_low", "clip_high", "dual_clip", "max_approx_kl")
-_OF_PPO_ALONE: dict[str, str] = dict.fromkeys(("ptx_coefficient", "ptx_texts"), "only ppo rehearses pretraining texts")
-_WITHOUT_RATIO: dict[str, str] = _OF_PPO_ALONE | dict.fromkeys(
-    _OF_THE_RATIO, "its loss has no ratio to the policy before the step"
+_WITHOUT_RATIO: dict[str, str] = OF_PPO_ALONE | dict.fromkeys(
+    OF_THE_RATIO, "its loss has no ratio to the policy before the step"
 )
-_WITHOUT_ADVANTAGES: dict[str, str] = (
-    _OF_PPO_ALONE
-    | dict.fromkeys(
-        (
-            *("advantage", "gamma", "gae_lambda", "truncated_value", "critic_warmup_iterations", "adv_norm"),
-            *("value_clip", "score_at", "whiten_rewards", "alarm_negative_kl"),
-        ),
-        "it compares a prompt's responses by their scores, so that there are no advantages and no critic",
-    )
-    | {"adv_norm_over": "there are no advantages", "repeat_minibatch": "its passes are reshuffled"}
-    | dict.fromkeys(
-        ("correction", *_OF_THE_RATIO), "it learns whole responses, without a ratio to the policy that sampled them"
-    )
-    | {"entropy_bonus": "its loss is of whole responses", "aggregation": "its loss says how tokens are weighed"}
-)
-
-
-class AlgorithmBase(Section):
-    """What all algorithms have in common."""
-
-    responses_together: ClassVar[int] = 1
-    """Responses that one term of the loss needs at once, in one micro-batch."""
-
-    not_here: ClassVar[Mapping[str, str]] = {}
-    """Key of another algorithm -> why it has no meaning for this one, which "unknown key" would not say."""
-
-    one_pass: ClassVar[bool] = False
-    """Whether its loss is right for fresh samples alone, so that there is no second pass over them."""
-
-    minibatch_responses: PositiveInt = 64
-    """Responses in one optimiser step, over all ranks."""
-    num_epochs: PositiveInt = 1
-    """Passes over the responses of an iteration, reshuffled each time."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_key_without_a_meaning(cls, values: Any) -> Any:
-        for key in cast(dict[str, Any], values) if isinstance(values, dict) else {}:
-            if key in cls.not_here:
-                raise ValueError(f"{key} has no meaning for this algorithm: {cls.not_here[key]}")
-        return cast(object, values)
-
-    @property
-    def compares_by(self) -> str | None:
-        """The setting by which responses to one prompt are compared with each other; None where they are not."""
-        return None
-
-    @property
-    def has_critic(self) -> bool:
-        """Whether a critic is trained."""
-        return False
-
-    @property
-    def warmup_iterations(self) -> int:
-        """Iterations at the start in which the policy is left as it is."""
-        return 0
-
-    def learned_responses(self, rollout: RolloutConfig) -> int:
-        """Count the responses that an iteration learns from, at most."""
-        return rollout.responses_per_iteration
 
 
 class PolicyGradientBase(AlgorithmBase):
@@ -276,7 +213,7 @@ class APAConfig(PolicyGradientBase):
     not_here = (
         _WITHOUT_RATIO
         | dict.fromkeys(
-            _OF_THE_KL, "its loss holds the policy to the reference by itself, and apa_lambda is the weight of that KL"
+            OF_THE_KL, "its loss holds the policy to the reference by itself, and apa_lambda is the weight of that KL"
         )
         | {"entropy_bonus": "its loss has a target for every log-prob, to which a bonus would be in the way"}
     )
@@ -326,75 +263,5 @@ class A2CConfig(PenalizedBase):
         return self
 
 
-class SelectionBase(AlgorithmBase):
-    """What the algorithms have in common that choose among the responses to a prompt, and need no advantages."""
-
-    @property
-    def compares_by(self) -> str | None:
-        """The setting by which responses to one prompt are compared with each other."""
-        return f"algorithm.name = {type(self).model_fields['name'].default}"
-
-
-class DPOConfig(SelectionBase):
-    """Direct preference optimisation, online: the best of a prompt's responses against the worst, by score."""
-
-    responses_together: ClassVar[int] = 2
-    not_here = _WITHOUT_ADVANTAGES | dict.fromkeys(
-        _OF_THE_KL, "its loss holds the policy to the reference by itself, and dpo_beta is the coefficient of that KL"
-    )
-
-    name: Literal["dpo"] = "dpo"
-    dpo_beta: PositiveFloat = 0.1
-    """The KL coefficient, in units of the implicit reward per nat."""
-    kind: Literal["dpo", "cdpo", "robust", "ipo"] = "dpo"
-    """`cdpo` and `robust` know that a score may prefer the wrong response, with `flip_probability`; `ipo` aims at a
-    margin of 1 / (2 dpo_beta) nats and no further."""
-    flip_probability: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Of `cdpo` and `robust`."""
-
-    def learned_responses(self, rollout: RolloutConfig) -> int:
-        """Count two responses of each prompt; a prompt whose responses all tie gives none."""
-        return 2 * rollout.prompts_per_iteration
-
-    @model_validator(mode="after")
-    def _pairs_stay_together(self) -> Self:
-        if self.minibatch_responses % 2:
-            raise ValueError(
-                f"minibatch_responses = {self.minibatch_responses} is odd, and a pair counts two: use an even number"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _flips_are_used(self) -> Self:
-        takes_flips = self.kind in ("cdpo", "robust")
-        if takes_flips and self.flip_probability == 0:
-            raise ValueError(f"kind = {self.kind} without a flip_probability is kind = dpo: set one above 0")
-        if not takes_flips and self.flip_probability > 0:
-            raise ValueError(
-                f"flip_probability = {self.flip_probability:g} is not read by kind = {self.kind}: use cdpo or robust"
-            )
-        return self
-
-
-class RFTConfig(SelectionBase):
-    """Rejection-sampling fine-tuning: imitate the best of each prompt's responses, and those chosen before."""
-
-    not_here = _WITHOUT_ADVANTAGES | dict.fromkeys(
-        _OF_THE_KL, "it imitates its best samples, and how far an iteration goes is up to learning rate and num_epochs"
-    )
-
-    name: Literal["rft"] = "rft"
-    kept_per_prompt: PositiveInt = 1
-    """The best so many responses to each prompt are learned, and remembered for later iterations and rounds."""
-    memory_responses: NonNegativeInt = 64
-    """Remembered responses that each iteration learns once more, chosen at random; fewer while there are not as many.
-    0 forgets: policies trained on their newest samples alone have lost what they could do before."""
-
-    def learned_responses(self, rollout: RolloutConfig) -> int:
-        """Count the chosen responses and the remembered ones."""
-        return self.kept_per_prompt * rollout.prompts_per_iteration + self.memory_responses
-
-
 PolicyGradientConfig = PPOConfig | APAConfig | AWRConfig | A2CConfig
-SelectionConfig = DPOConfig | RFTConfig
 AlgorithmConfig = Annotated[PolicyGradientConfig | SelectionConfig, Field(discriminator="name")]

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from configs import yaml_tree
 from configs.addresses import with_passwords
-from configs.algorithm import AlgorithmBase, AlgorithmConfig
+from configs.algorithm import AlgorithmConfig
+from configs.algorithm_base import AlgorithmBase
 from configs.run import RunConfig
 
 PRESETS = Path(__file__).parent / "presets"

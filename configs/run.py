@@ -13,7 +13,6 @@ from configs.algorithm import (
     PenalizedBase,
     PolicyGradientBase,
     PPOConfig,
-    RFTConfig,
 )
 from configs.base import Location, NonNegativeInt, Section
 from configs.cluster import ClusterConfig
@@ -24,6 +23,7 @@ from configs.models import ModelsConfig
 from configs.rollout import RolloutConfig
 from configs.rounds import RoundsConfig
 from configs.scoring import HELDOUT, HTTPRewardConfig, ModelRewardConfig, ScoringConfig
+from configs.selection import RFTConfig
 from configs.tracking import TrackingConfig
 
 _SIBLINGS = 4

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from configs.algorithm import PolicyGradientBase, SelectionBase
+from configs.algorithm import PolicyGradientBase
 from configs.models import ModelsConfig
 from configs.run import RunConfig
 from configs.scoring import ModelRewardConfig
+from configs.selection import SelectionBase
 from learner import adapters, checkpoint, records, reward_modelling, supervised, weight_sender
 from learner.assembly import Group, assemble
 from learner.comparisons import RewardModelJob

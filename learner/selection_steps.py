@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from configs.algorithm import DPOConfig
+from configs.selection import DPOConfig
 from learner import batch
 from learner.batch import MicroBatch, TokenSequence
 from learner.experience import PassSettings, ResponseBatch, own_micro_batches

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from configs.algorithm import DPOConfig, RFTConfig, SelectionConfig
 from configs.learner import BatchGuardsConfig
+from configs.selection import DPOConfig, RFTConfig, SelectionConfig
 from learner import selection
 from learner.batch import even_minibatches, shuffle_seed
 from learner.experience import Opinions, PassSettings, ResponseBatch, evaluate, flatten

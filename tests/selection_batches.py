@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.algorithm import SelectionConfig
 from configs.learner import BatchGuardsConfig, LearnerConfig, OptimizerConfig
+from configs.selection import SelectionConfig
 from learner.experience import PassSettings
 from learner.selection_update import SelectionSettings, SelectionUpdater
 from protocol.messages import ScoredBatch, ScoredRollout

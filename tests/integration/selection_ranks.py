@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from configs.algorithm import DPOConfig, RFTConfig
 from configs.learner import LearnerConfig, OptimizerConfig
+from configs.selection import DPOConfig, RFTConfig
 from learner.engine import DeepSpeedEngine
 from learner.experience import PassSettings
 from learner.selection_update import SelectionSettings, SelectionUpdater

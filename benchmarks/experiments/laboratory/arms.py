@@ -22,9 +22,10 @@ from benchmarks.experiments.laboratory.networks import PASSES
 from benchmarks.experiments.laboratory.sampling import Samples, distance, logprobs_of, sample
 from benchmarks.experiments.laboratory.units import PerTokenUpdater, WrongUnit
 from benchmarks.experiments.laboratory.world import RewardModel, RewardSpec, Size, World
-from configs.algorithm import AlgorithmConfig, DPOConfig, RFTConfig
+from configs.algorithm import AlgorithmConfig
 from configs.base import Section
 from configs.scoring import CombineConfig, LinearCombination
+from configs.selection import DPOConfig, RFTConfig
 from learner.selection_update import SelectionSettings, SelectionUpdater
 from learner.supervised_loop import stage_seed
 from learner.update import Updater, UpdateSettings

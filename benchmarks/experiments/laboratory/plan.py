@@ -21,15 +21,8 @@ from benchmarks.experiments.laboratory.arm_queue import PROCESSES, Places, run_a
 from benchmarks.experiments.laboratory.arms import Arm
 from benchmarks.experiments.laboratory.verdicts import at_kl, choose_learning_rate, last, read_curve
 from benchmarks.experiments.laboratory.world import RewardSpec, Size
-from configs.algorithm import (
-    AlgorithmConfig,
-    APAConfig,
-    AWRConfig,
-    DPOConfig,
-    KLControllerConfig,
-    PPOConfig,
-    RFTConfig,
-)
+from configs.algorithm import AlgorithmConfig, APAConfig, AWRConfig, KLControllerConfig, PPOConfig
+from configs.selection import DPOConfig, RFTConfig
 
 TUNING_SEED = 0
 CHOICE_KL_NATS = 4.0

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from configs.algorithm import DPOConfig, PolicyGradientBase, PPOConfig, RFTConfig
+from configs.algorithm import PolicyGradientBase, PPOConfig
 from configs.load import load
+from configs.selection import DPOConfig, RFTConfig
 from protocol import metrics
 from tests.command_line import command
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from configs.algorithm import DPOConfig
 from configs.learner import LearnerConfig, OptimizerConfig
+from configs.selection import DPOConfig
 from learner.batch import even_minibatches
 from learner.experience import PassSettings, evaluate, flatten
 from learner.selection import best_against_worst, ranked

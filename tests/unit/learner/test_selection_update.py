@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.algorithm import DPOConfig, RFTConfig, SelectionConfig
 from configs.learner import BatchGuardsConfig, LearnerConfig
+from configs.selection import DPOConfig, RFTConfig, SelectionConfig
 from learner import checkpoint
 from learner.selection_update import SelectionUpdater
 from protocol import metrics as names
