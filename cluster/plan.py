@@ -7,6 +7,7 @@ from rich.text import Text
 from configs.load import config_hash
 from configs.run import RunConfig
 from configs.scoring import ModelRewardConfig
+from configs.selection import SelectionBase
 
 
 def batch_arithmetic(config: RunConfig) -> dict[str, int]:
@@ -16,6 +17,9 @@ def batch_arithmetic(config: RunConfig) -> dict[str, int]:
     longest = rollout.max_prompt_tokens + rollout.max_response_tokens
     minibatches = config.minibatches_per_epoch
     iterations = sum(config.rounds.of(number).iterations for number in range(1, config.rounds.count + 1))
+    # Ties, responses that are dropped and a memory that is not full yet leave fewer to learn from.
+    varies = isinstance(algorithm, SelectionBase) or algorithm.truncated_value == "drop"
+    most = " (at most)" if varies else ""
     return {
         "prompts an iteration": rollout.prompts_per_iteration,
         "samples a prompt": rollout.samples_per_prompt,
@@ -28,10 +32,10 @@ def batch_arithmetic(config: RunConfig) -> dict[str, int]:
         "sequences a micro-batch (at least)": learner.micro_batch_tokens // longest,
         "minibatches an epoch": minibatches,
         "epochs": algorithm.num_epochs,
-        "optimiser steps an iteration": minibatches * algorithm.num_epochs,
+        f"optimiser steps an iteration{most}": minibatches * algorithm.num_epochs,
         "rounds": config.rounds.count,
         "iterations in all": iterations,
-        "optimiser steps in all": minibatches * algorithm.num_epochs * iterations,
+        f"optimiser steps in all{most}": minibatches * algorithm.num_epochs * iterations,
     }
 
 

@@ -39,7 +39,8 @@ class PolicyGradientBase(AlgorithmBase):
     whiten_rewards: bool = False
     """Of `gae`: divide the tokens' rewards, KL penalty included, by their standard deviation over the batch, about
     their mean, which stays. With it a constant reward a token is shrunk less than what varies, so that length counts
-    for more or less than before."""
+    for more or less than before; values, and with them `value_clip`, are in units of that deviation, which is small
+    where responses are long: a score of deviation 1 on one token in 56 is worth 7.5."""
     alarm_negative_kl: PositiveInt = 3
     """An incident is written where the mean k1 per sequence was below zero by more than chance (two standard errors)
     in so many iterations in a row."""
@@ -106,7 +107,7 @@ class PolicyGradientBase(AlgorithmBase):
         # A default may have been spelled out by a file that this switches from; anything else is meant to do something.
         for key in ("gae_lambda", "value_clip"):
             value, default = dict(self)[key], type(self).model_fields[key].default
-            if value != default:
+            if value not in (None, default):
                 raise ValueError(
                     f"{key} = {value} is of the critic, and advantage = {self.advantage} has none: use "
                     "advantage = gae, or leave it out"
@@ -126,6 +127,16 @@ class PolicyGradientBase(AlgorithmBase):
                 f"adv_norm_over = minibatch says whose moments whitening takes, and adv_norm = {adv_norm} does not "
                 "whiten: use adv_norm = whiten, or adv_norm_over = batch"
             )
+        if self.adv_norm_over == "minibatch" and not self.has_critic and self.minibatch_responses == 1:
+            raise ValueError(
+                f"advantage = {self.advantage} gives all tokens of a response the same, so that whitening over a "
+                "minibatch of minibatch_responses = 1 leaves nothing to learn: use more, or adv_norm_over = batch"
+            )
+        if self.repeat_minibatch and self.one_pass:
+            raise ValueError(
+                "repeat_minibatch takes each minibatch several times, and this algorithm makes one pass over fresh "
+                "samples: leave it out"
+            )
         if self.repeat_minibatch and self.num_epochs == 1:
             raise ValueError(
                 "repeat_minibatch takes each minibatch num_epochs times in a row, and num_epochs = 1: use two or more, "
@@ -140,11 +151,14 @@ class PolicyGradientBase(AlgorithmBase):
                 "score_at = after_last_token makes the value after the last token a forecast of the score, and "
                 "truncated_value = bootstrap takes it for what would have followed the score; choose one of the two"
             )
-        if self.whiten_rewards and isinstance(self, APAConfig | AWRConfig) and self.adv_norm == "none":
-            raise ValueError(
-                f"whiten_rewards divides by a scale of each batch's own, which would take the units from "
-                f"{self.name}_lambda where adv_norm = none; leave it out, or normalise advantages"
-            )
+        if self.whiten_rewards and dict(self)["adv_norm"] == "none":
+            unitless = [f"{self.name}_lambda"] if isinstance(self, APAConfig | AWRConfig) else []
+            unitless += ["kl_beta"] if isinstance(self, PenalizedBase) and self.kl_in == "loss" else []
+            if unitless:
+                raise ValueError(
+                    f"whiten_rewards divides by a scale of each batch's own, which would take the units from "
+                    f"{' and '.join(unitless)} where adv_norm = none; leave it out, or normalise advantages"
+                )
         return self
 
     @model_validator(mode="after")

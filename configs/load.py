@@ -153,8 +153,8 @@ def _leave_to_its_own(tree: dict[str, Any], names: Sequence[str]) -> None:
     }
     old, new = (classes.get(str(name)) for name in (section.get("name"), names[-1]))
     gone = [key for key in section if old and new and key in old.model_fields and key not in new.model_fields]
-    if old and new and new.one_pass and not old.one_pass and "num_epochs" in section:
-        gone.append("num_epochs")
+    if old and new and new.one_pass and not old.one_pass:
+        gone += [key for key in ("num_epochs", "repeat_minibatch") if key in section]
     for key in gone:
         del section[key]
     if gone:

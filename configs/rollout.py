@@ -1,6 +1,6 @@
 """How responses are sampled, and by how many workers."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 
 from pydantic import model_validator
 
@@ -82,6 +82,17 @@ class RolloutConfig(Section):
                 f"{self.max_workers} must not fall"
             )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _counts_responses(cls, values: Any) -> Any:
+        # The nearest key would be taken for the same number, which is another where a prompt has several samples.
+        if isinstance(values, dict) and "prompts_per_iteration" in values:
+            raise ValueError(
+                "prompts_per_iteration follows from others: set responses_per_iteration, which is prompts times "
+                "samples_per_prompt"
+            )
+        return cast(object, values)
 
     @property
     def prompts_per_iteration(self) -> int:

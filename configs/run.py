@@ -166,6 +166,11 @@ class RunConfig(Section):
                 f"{offline}: algorithm.correction and learner.guards compare the learner with the engine that sampled, "
                 "and none did: leave both as they are by default"
             )
+        if algorithm.truncated_value != "terminal" or algorithm.alarm_negative_kl != 3:
+            raise ValueError(
+                f"{offline}: no response of the data was cut by a sampler, and log-ratios at its tokens are no KL, so "
+                "algorithm.truncated_value and algorithm.alarm_negative_kl would do nothing: leave both out"
+            )
         for number in range(1, self.rounds.count + 1):
             watched = self.rounds.of(number).guards.model_dump(exclude={"entropy_nats", "window_iterations"})
             for name in [name for name, bound in watched.items() if bound is not None]:

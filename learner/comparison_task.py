@@ -21,8 +21,9 @@ class ComparisonTask:
         pairwise       L = weighted mean over pairs of the same
         plackett_luce  L = weighted mean over prompts of mean over the prompt's rankings of the Plackett-Luce loss
 
-    Weights are those of the judgements' sources. A prompt counts by the mean of its judgements' weights, which is its
-    source's where all are from one: L = sum over prompts of mean over pairs (w l), over sum over prompts of mean of w.
+    Weights are those of the judgements' sources. A prompt counts by the mean of its pairs' weights (`plackett_luce`: of
+    its rankings'), which is its source's where all are from one:
+    L = sum over prompts of mean over pairs (w l), over sum over prompts of mean of w.
 
     Args:
         elements: The comparisons of each prompt.

@@ -34,7 +34,8 @@ class ComparisonSource:
     name: str
     data: SourceConfig
     weight: float = 1.0
-    """How much each of its judgements counts in the loss. A prompt counts by the mean of its judgements' weights."""
+    """How much each of its judgements counts in the loss. A prompt counts by the mean of its pairs' weights
+    (`plackett_luce`: its rankings')."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

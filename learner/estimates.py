@@ -44,9 +44,9 @@ def estimate(
     room = (0, places.shape[1] - mask.shape[1])
     rewards = per_token_rewards(pad(old, room), pad(ref, room), mask=places, scores=responses.scores, kl_beta=kl_beta)
     responses.require_finite("reward", rewards.sum(dim=1))
-    credited = rewards
+    credited, reward_std = rewards, 1.0
     if algorithm.whiten_rewards:
-        credited = _whitened(responses, rewards, places & learned[:, None])
+        credited, reward_std = _whitened(responses, rewards, places & learned[:, None])
     raw, value_targets = _advantages(responses, opinions, credited, places, learned=learned, algorithm=algorithm)
     responses.require_finite("advantage", raw[mask])
     if value_targets is not None:
@@ -68,6 +68,7 @@ def estimate(
         kl=kl.kl_per_sequence(old, ref, mask=mask),
         kl_nats=kl.k1(old, ref).sum(dim=1),
         rewards=rewards.sum(dim=1),
+        reward_std=reward_std,
         advantage_std=math.sqrt(float(var)),
     )
 
@@ -90,13 +91,13 @@ def _learned(responses: ResponseBatch, *, algorithm: PolicyGradientConfig) -> Te
     return learned
 
 
-def _whitened(responses: ResponseBatch, rewards: Tensor, counted: Tensor) -> Tensor:
-    """Bring rewards to variance one about their mean, both over the places that count."""
+def _whitened(responses: ResponseBatch, rewards: Tensor, counted: Tensor) -> tuple[Tensor, float]:
+    """Bring rewards to variance one about their mean, both over the places that count; and say what was divided by."""
     mean, var = moments(rewards, counted)
     if not var.isfinite():  # as with advantages
         row = int(torch.where(counted, rewards, 0).abs().amax(dim=1).argmax())
         raise NonFiniteError("variance of the rewards", f"rollout {responses.keys[row]}, the largest reward")
-    return whiten(rewards, counted, shift_mean=False, mean=mean, var=var)
+    return whiten(rewards, counted, shift_mean=False, mean=mean, var=var), math.sqrt(float(var))
 
 
 def _advantages(

@@ -143,6 +143,8 @@ class TrainBatch:
     """[B] the k1 estimate of each response."""
     rewards: Tensor
     """[B] score minus the KL penalty."""
+    reward_std: float
+    """What `whiten_rewards` divided the tokens' rewards by; 1 without it."""
     advantage_std: float
     """Standard deviation of the advantages before normalisation."""
 

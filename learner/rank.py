@@ -272,7 +272,9 @@ class Rank:
 
     def _watch(self, batch: ScoredBatch, report: UpdateReport, *, algorithm: PolicyGradientBase) -> None:
         """Report what shows that the engine did not sample from the policy that the learner holds."""
-        self._negative_kls = self._negative_kls + 1 if is_kl_negative(report) else 0
+        # Truncated sampling, which the guards leave alone too: log-ratios are then no estimate of this policy's KL.
+        is_negative = not self._config.rollout.truncates_distribution and is_kl_negative(report)
+        self._negative_kls = self._negative_kls + 1 if is_negative else 0
         k3, kl = (report.metrics.get(name, 0.0) for name in (names.SYNC_K3_LAG0, names.OBJECTIVE_KL))
         for incident in (
             found_mismatch(batch, k3=k3, bound=algorithm.correction.alarm_k3),

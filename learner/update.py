@@ -152,7 +152,7 @@ class Updater:
         logs = [policy.log] if critic is None else [policy.log, critic.log]
         metrics |= step_metrics(policy.log, None if critic is None else critic.log)
         if isinstance(algorithm, APAConfig) and policy.minibatch_stds:  # what each step's advantages were divided by
-            metrics[names.POLICY_BETA_EFF] = algorithm.apa_lambda * fmean(policy.minibatch_stds)
+            metrics[names.POLICY_BETA_EFF] = algorithm.apa_lambda * train.reward_std * fmean(policy.minibatch_stds)
         if isinstance(algorithm, PPOConfig) and algorithm.max_approx_kl is not None:
             metrics[names.POLICY_STOPPED_EARLY] = float(is_far_enough)
         return UpdateReport(

@@ -90,8 +90,8 @@ def batch_metrics(train: TrainBatch, *, algorithm: PolicyGradientConfig, kl_beta
     if algorithm.truncated_value == "drop":
         metrics[names.POLICY_DROPPED] = float(train.learned.logical_not().sum())
     if isinstance(algorithm, APAConfig):
-        # Whatever advantages are divided by, the KL weight is multiplied by.
-        scale = 1.0 if algorithm.adv_norm == "none" else train.advantage_std
+        # Whatever rewards and advantages are divided by, the KL weight is multiplied by.
+        scale = train.reward_std * (1.0 if algorithm.adv_norm == "none" else train.advantage_std)
         if algorithm.advantage == "grpo":
             learned = train.learned
             scale *= group_std(train.rewards[learned], train.responses.groups[learned]).mean().item()

@@ -12,7 +12,7 @@ First the grid of learning rates on seed 0 (algorithms/learning_rates.csv), then
 
 Both released arms whiten each minibatch's advantages by its own moments and step each minibatch twice in a row, as the
 released code does; the other arms make two shuffled passes, APA with raw advantages and the others whitened over the
-batch. As released, APA and PPO have no KL in the reward and one that is steered, which the arms of the papers have too.
+batch. As released, APA has no KL in the reward and PPO one that is steered; both are so in the arms of the papers too.
 
 The released code differs in more, which no setting of the learner expresses or all arms share, so that a difference
 is one of the algorithms: it counts padding in the moments of a minibatch and divides scores by their running deviation;

@@ -23,7 +23,8 @@ def loss(
         old_values: The same shape; the critic's before the first step of this iteration.
         returns: The same shape; from `advantages.gae`.
         weights: The same shape; from `aggregate.token_weights`.
-        value_clip: eps, in units of the score; None for the plain squared error.
+        value_clip: eps, in units of the returns: the score's, or with `whiten_rewards` the deviation of the rewards of
+            the batch; None for the plain squared error.
 
     Returns:
         The loss, a scalar, and the diagnostics `clip_fraction` (tokens where the clipped error is the larger one),

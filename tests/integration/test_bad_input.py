@@ -32,7 +32,7 @@ def refused(tmp_path: Path, *overrides: str, code: int = 2, within_s: float = 12
 def test_configuration_mistakes_leave_no_directory(tmp_path: Path) -> None:
     assert "did you mean workers?" in refused(tmp_path, "rollout.worker=1", within_s=10)
     assert "valid integer" in refused(tmp_path, "rollout.workers=many", within_s=10)
-    assert "do not divide" in refused(tmp_path, "algorithm.minibatch_responses=7", within_s=10)
+    assert "does not divide" in refused(tmp_path, "algorithm.minibatch_responses=7", within_s=10)
     assert not (tmp_path / "runs").exists()
 
 

@@ -26,7 +26,11 @@ HIDDEN = 128
 """Wide enough that ZeRO 3 really shards: smaller matrices stay whole on every rank."""
 RATE = OptimizerConfig(learning_rate=3e-4)
 ALGORITHM = PPOConfig(
-    minibatch_responses=6, num_epochs=2, kl_controller=KLControllerConfig(kind="adaptive", horizon_episodes=100)
+    minibatch_responses=6,
+    num_epochs=2,
+    score_at="after_last_token",
+    whiten_rewards=True,
+    kl_controller=KLControllerConfig(kind="adaptive", horizon_episodes=100),
 )
 PASSES = PassSettings(temperature=0.8, token_budget=70, layout="sorted", pad_id=0)
 SETTINGS = UpdateSettings(algorithm=ALGORITHM, passes=PASSES, max_response_tokens=24, run_seed=5)

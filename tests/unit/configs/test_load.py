@@ -199,13 +199,17 @@ def test_one_line_switches_the_algorithm(name: str) -> None:
 
 
 def test_one_line_switches_from_a_file_that_makes_two_passes_to_an_algorithm_of_one(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     assert load("hh_pythia_1b_apa").algorithm.num_epochs == 2
     assert load("hh_pythia_1b_apa", ["algorithm.name=ppo"]).algorithm.num_epochs == 2
     caplog.set_level("INFO")
     assert load("hh_pythia_1b_apa", ["algorithm.name=a2c"]).algorithm.num_epochs == 1
     assert any("a2c instead of apa: the file's" in text and "num_epochs" in text for text in caplog.messages)
+    repeating = ["algorithm.adv_norm_over=minibatch", "algorithm.repeat_minibatch=true"]
+    path = tmp_path / "repeating.yaml"
+    path.write_text(dump(load("hh_pythia_1b_apa", repeating)))
+    assert not load(path, ["algorithm.name=a2c"]).algorithm.model_dump()["repeat_minibatch"]
     with pytest.raises(ConfigError, match="num_epochs = 2: the loss of a2c has no ratio"):
         load("hh_pythia_1b_apa", ["algorithm.name=a2c", "algorithm.num_epochs=2"])
 
@@ -215,8 +219,9 @@ def test_one_line_switches_from_a_file_that_makes_two_passes_to_an_algorithm_of_
 def test_one_line_does_without_the_critic_where_its_keys_have_their_defaults(name: str, advantage: str) -> None:
     """As in a file that `dump` wrote, where every key stands."""
     spelled = [f"algorithm.gae_lambda={0.95}", f"algorithm.value_clip={0.2 if name == 'ppo' else 'null'}"]
-    config = load("quickstart", [f"algorithm.name={name}", *spelled, f"algorithm.advantage={advantage}"])
-    assert not config.algorithm.has_critic
+    for extra in ([], ["algorithm.value_clip=null"]):
+        config = load("quickstart", [f"algorithm.name={name}", *spelled, f"algorithm.advantage={advantage}", *extra])
+        assert not config.algorithm.has_critic
 
 
 @pytest.mark.parametrize(("name", "steps"), [("dpo", 2 * 32 // 32), ("rft", (32 + 64) // 32)])

@@ -310,3 +310,25 @@ def test_clamped_exponents_are_counted() -> None:
     rollouts[place] = replace(scored, ref_logprobs=far, rollout=replace(scored.rollout, behavior_logprobs=recorded))
     metrics = make(PPOConfig(minibatch_responses=4)).update(replace(batch, rollouts=tuple(rollouts))).metrics
     assert (metrics[names.OBJECTIVE_KL_CLAMPED], metrics[names.SYNC_CLAMPED]) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_kl_weight_of_apa_is_reported_in_units_of_the_score_where_rewards_are_whitened(apart: bool) -> None:
+    """Two divisions, by the deviation of the rewards and by that of the advantages: the weight is what both make of it.
+
+    Not to the digit, because whitening leaves the rewards' mean where it is.
+    """
+    over: dict[str, Any] = {"adv_norm_over": "minibatch"} if apart else {}
+    common: dict[str, Any] = {"apa_lambda": 0.5, "adv_norm": "whiten", "minibatch_responses": 12} | over
+    batch = scored_batch()
+    louder = replace(batch, rollouts=tuple(replace(s, score=10 * s.score) for s in batch.rollouts))
+
+    def beta_eff(scored: ScoredBatch, **settings: Any) -> float:
+        updater = make(APAConfig(**common, **settings))
+        assert updater.critic is not None
+        for parameter in updater.critic.module.parameters():
+            torch.nn.init.zeros_(parameter)
+        return updater.update(scored).metrics[names.POLICY_BETA_EFF]
+
+    assert beta_eff(batch, whiten_rewards=True) == pytest.approx(beta_eff(batch), rel=0.05)
+    assert beta_eff(louder, whiten_rewards=True) == pytest.approx(10 * beta_eff(batch), rel=0.05)
