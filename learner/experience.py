@@ -89,10 +89,10 @@ class ResponseBatch:
         return f"token {position - int(self.starts[row])} of rollout {self.keys[row]}"
 
     def only(self, indices: list[int]) -> Tensor:
-        """Mask the tokens of some responses: [B, T]."""
-        mask = torch.zeros_like(self.mask)
-        mask[indices] = self.mask[indices]
-        return mask
+        """Mark some of the responses: [B]."""
+        marked = torch.zeros_like(self.truncated)
+        marked[indices] = True
+        return marked
 
     def per_token(self, of_responses: Tensor) -> Tensor:
         """Repeat what is known of each response [B] for each of its tokens: flat [N]."""

@@ -244,10 +244,10 @@ class Updater:
         """Weigh the tokens of one minibatch: flat [N] over the whole batch, zero elsewhere; with the ends [N + B]."""
         responses = train.responses
         places = one_longer(responses.mask) if with_ends else responses.mask
-        mask = torch.zeros_like(places)
-        mask[indices] = places[indices]
         weights = token_weights(
-            mask, mode=self.settings.algorithm.aggregation, constant=self.settings.max_response_tokens
+            places & responses.only(indices)[:, None],
+            mode=self.settings.algorithm.aggregation,
+            constant=self.settings.max_response_tokens,
         )
         flat = weights[:, : responses.mask.shape[1]][responses.mask]
         return torch.cat([flat, weights[last_token_mask(places)]]) if with_ends else flat

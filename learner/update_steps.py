@@ -148,7 +148,7 @@ def _whiten_apart(train: TrainBatch, indices: list[int]) -> tuple[Tensor, float]
     Raises:
         NonFiniteError: If one of them is not finite.
     """
-    mask = train.responses.only(indices)[train.responses.mask]
+    mask = train.responses.per_token(train.responses.only(indices))
     mean, var = moments(train.advantages, mask)
     whitened = whiten(train.advantages, mask, mean=mean, var=var)
     train.responses.require_finite("normalised advantage", whitened)
