@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCKS := requirements/torch.txt requirements/cpu.lock requirements/deepspeed.lock requirements/browser.txt pyproject.toml
 STAMP := $(VENV)/.installed
+ONE_PROCESS := tests/architecture tests/contract tests/unit
 
 .PHONY: help setup quickstart test test-slow check format clean
 .DEFAULT_GOAL := help
@@ -27,7 +28,9 @@ quickstart: setup  ## Train a small language model by RLHF, end to end, on this 
 	$(BIN)/rondo quickstart
 
 test: setup  ## The default test suite: no network, no GPU
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=20 --durations-min=5
+	@# Integration tests start clusters that want both cores: only what fits into one process runs two at a time.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile $(ONE_PROCESS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=20 --durations-min=5 $(ONE_PROCESS:%=--ignore=%)
 
 test-slow: setup  ## The tests that take minutes each
 	$(BIN)/python -m pytest -m "slow and not gpu"
