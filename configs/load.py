@@ -168,12 +168,13 @@ def _explain(error: ValidationError, source: str) -> str:
     count = error.error_count()
     lines = [f"{source}: {count} problem{'s' if count > 1 else ''} in the configuration"]
     for problem in error.errors(include_url=False):
-        location, models = _walk(problem["loc"])
+        location, models, siblings = _walk(problem["loc"])
         prefix = f"  {location}: " if location else "  "
         context = problem.get("ctx", {})
         match problem["type"]:
             case "extra_forbidden":
-                lines.append(f"{prefix}unknown key{_suggestion(str(problem['loc'][-1]), models)}")
+                key = str(problem["loc"][-1])
+                lines.append(f"{prefix}unknown key{_owners(key, siblings) or _suggestion(key, models)}")
             case "missing":
                 lines.append(f"{prefix}missing")
             case "value_error":
@@ -210,25 +211,33 @@ def _shortened(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
-def _walk(loc: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]]]:
+def _walk(loc: tuple[int | str, ...]) -> tuple[str, list[type[BaseModel]], list[type[BaseModel]]]:
     """Follow the location of an error through the sections.
 
     Returns:
-        The location as the user spells it (pydantic also names the tag of a union, which is no key of theirs), and the
-        classes of the section in which the last part stands.
+        The location as the user spells it (pydantic also names the tag of a union, which is no key of theirs), the
+        classes of the section in which the last part stands, and all classes that stand to choose there.
     """
     spelled: list[str] = []
     here: list[type[BaseModel]] = [RunConfig]
+    siblings = here
     for position, part in enumerate(loc):
         tagged = [model for model in here if _tag(model) == part] if len(here) > 1 else []
         if tagged:
-            here = tagged
+            siblings, here = here, tagged
             continue
         spelled.append(str(part))
         if position < len(loc) - 1 and isinstance(part, str):
             annotations = [model.model_fields[part].annotation for model in here if part in model.model_fields]
             here = [model for annotation in annotations for model in _models_in(annotation)] or here
-    return ".".join(spelled), here
+            siblings = here
+    return ".".join(spelled), here, siblings
+
+
+def _owners(key: str, siblings: Sequence[type[BaseModel]]) -> str:
+    """Name the kinds of a section that have a key which the chosen kind has not; nothing if none has."""
+    owners = sorted(str(tag) for model in siblings if key in model.model_fields and (tag := _tag(model)))
+    return f" here; it belongs to {', '.join(owners)}" if owners else ""
 
 
 def _suggestion(key: str, models: Sequence[type[BaseModel]]) -> str:

@@ -281,7 +281,7 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*_RFT, "algorithm.repeat_minibatch=true"), "repeat_minibatch has no meaning for this algorithm: its passes are"),
     ((*_DPO, "algorithm.critic_warmup_iterations=2"), "there are no advantages and no critic"),
     ((*_DPO, "algorithm.correction={weight: tis}"), "without a ratio to the policy that sampled them"),
-    ((*_DPO, "algorithm.apa_lambda=1"), "apa_lambda: unknown key"),
+    ((*_DPO, "algorithm.apa_lambda=1"), "apa_lambda: unknown key here; it belongs to apa"),
     ((*_DPO, "algorithm.minibatch_responses=33"), "is odd, and a pair counts two"),
     ((*_DPO, "algorithm.minibatch_responses=512"), "more than the 64 responses that an iteration of dpo learns from"),
     ((*_DPO, "algorithm.minibatch_responses=4", "learner.workers=3"), "some ranks would have nothing to do"),
