@@ -29,6 +29,7 @@ for trial in range(int(sys.argv[1])):
 
     def run():
         with launch.keeping_what_stands(lambda: seen.append(type(sys.exception()).__name__)):
+            timer.start()  # here, since on a busy machine the signal may come before start() returns
             while not STOPPING.asked:
                 ray.wait([result], timeout=random.choice(timeouts), fetch_local=trial % 2 == 0)
             raise Stopped  # as between two iterations, where the handler's exception was lost in foreign code
@@ -37,7 +38,6 @@ for trial in range(int(sys.argv[1])):
     STOPPING.listen()
     number = SIGNALS[trial % len(SIGNALS)]
     timer = threading.Timer(random.uniform(0.01, 0.1), os.kill, (os.getpid(), number))
-    timer.start()
     code = cli._guarded(run, traceback=False)
     timer.join()
     trials.append([code, *seen])
