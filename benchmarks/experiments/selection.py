@@ -4,7 +4,8 @@
 
 The grid of learning rates on seed 0 (selection/learning_rates.csv), then six arms on seeds 1 to 5:
 
-    apa, ppo          as experiment `algorithms` runs them, and shared with it
+    apa, ppo          as experiment `algorithms` runs them, and shared with it, like the first 40 iterations of both,
+                      evaluated after each (apa-early, ppo-early): the yardsticks at the same exact KL
     dpo-0.1           the best of four responses against the worst, anew in every iteration, dpo_beta 0.1
     dpo-0.5           the same with dpo_beta 0.5
     rft               the best of four responses, and as many that were the best of an earlier prompt
@@ -21,7 +22,7 @@ from benchmarks.experiments.laboratory import figures, report
 from benchmarks.experiments.laboratory.arms import Arm
 from benchmarks.experiments.laboratory.plan import (
     ALGORITHMS,
-    CHOICE_KL_NATS,
+    EARLY,
     SELECTION,
     Command,
     parse,
@@ -35,6 +36,8 @@ from benchmarks.experiments.laboratory.verdicts import Claim, at_kl, judge, last
 NAME = "selection"
 YARDSTICKS = ("apa", "ppo")
 BETAS = (0.1, 0.5)
+COMMON_NATS = 2.0
+"""Where DPO is compared; APA hardly goes beyond three."""
 SHORT_NATS = 1.0
 """Where rejection sampling is compared: the best of four is at most 0.64 nats away from what it chooses from."""
 
@@ -53,7 +56,8 @@ def main() -> None:
         *(figures.against_steps(column) for column in ("kl_exact_nats", "gold", "proxy")),
         figures.against_steps("entropy_nats_per_token"),
     ]
-    figures.save(directory / f"{NAME}.png", {n: list(c.values()) for n, c in curves.items()}, panels)
+    shown = {name: list(by_seed.values()) for name, by_seed in curves.items() if not name.endswith(EARLY)}
+    figures.save(directory / f"{NAME}.png", shown, panels)
 
 
 def arms(command: Command, rates: dict[str, float]) -> list[Arm]:
@@ -64,18 +68,20 @@ def arms(command: Command, rates: dict[str, float]) -> list[Arm]:
     # Half as many are learned, so that as many steps are made.
     forgetful = tempered(SELECTION["rft"], memory_responses=0, minibatch_responses=16)
     methods |= {"rft": (SELECTION["rft"], rates["rft"]), "rft-forgetful": (forgetful, rates["rft"])}
-    return [
-        plan.arm(NAME, name, algorithm, learning_rate=rate, seed=seed)
-        for seed in plan.seeds
-        for name, (algorithm, rate) in methods.items()
-    ]
+    found: list[Arm] = []
+    for seed in plan.seeds:
+        for name, (algorithm, rate) in methods.items():
+            found.append(plan.arm(NAME, name, algorithm, learning_rate=rate, seed=seed))
+        for name in YARDSTICKS:
+            found.append(plan.early(NAME, name, ALGORITHMS[name], learning_rate=rates[name], seed=seed))
+    return found
 
 
 def claims(curves: dict[str, BySeed]) -> list[Claim]:
     """Judge each method against PPO and APA at the same distance, what dpo_beta holds, and what memory is good for."""
     found = [
         beats(curves, name, yardstick, nats=nats)
-        for name, nats in (("dpo-0.1", CHOICE_KL_NATS), ("dpo-0.5", CHOICE_KL_NATS), ("rft", SHORT_NATS))
+        for name, nats in (("dpo-0.1", COMMON_NATS), ("dpo-0.5", COMMON_NATS), ("rft", SHORT_NATS))
         for yardstick in YARDSTICKS
     ]
     weak, strong = (curves[f"dpo-{beta:g}"] for beta in BETAS)
@@ -103,7 +109,7 @@ def claims(curves: dict[str, BySeed]) -> list[Claim]:
 
 def beats(curves: dict[str, BySeed], name: str, yardstick: str, *, nats: float) -> Claim:
     """Judge whether a method has more gold than another at the same exact KL; no seed that falls short counts."""
-    method, other = curves[name], curves[yardstick]
+    method, other = curves[name], curves[f"{yardstick}{EARLY}"]
     return judge(
         f"{name} over {yardstick}",
         f"{name} has more gold than {yardstick} at the same exact KL of {nats:g} nats",

@@ -65,6 +65,7 @@ def run_all(arms: Sequence[Arm], places: Places, *, processes: int = PROCESSES) 
         Task(what=f"{arm.name}, seed {arm.seed}", do=run, arguments=(arm, places.worlds, places.results))
         for arm in missing
     ]
+    print(f"{len(arms) - len(missing)} of {len(arms)} curves are there already, in {places.results}", flush=True)
     if curves:
         run_tasks(worlds, processes=processes)
         run_tasks(curves, processes=processes)

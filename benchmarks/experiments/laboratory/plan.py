@@ -29,8 +29,9 @@ CHOICE_KL_NATS = 4.0
 """Where the proxies of learning rates are compared."""
 TARGET_NATS = 6.0
 EPISODES_OF_CONTROL = 1000
-"""The adaptive controller's horizon. The published 10,000 could change the coefficient by a factor of 1.5 in a run of
-this length, so that the controller would be no subject of an experiment."""
+"""The adaptive controller's horizon. The published one could change the coefficient by a factor of 1.5 in a run of this
+length, so that the controller would be no subject of an experiment."""
+PUBLISHED_HORIZON = 10_000
 SAME: dict[str, Any] = {"num_epochs": 2, "minibatch_responses": 64}
 ADAPTIVE = KLControllerConfig(
     kind="adaptive", target_nats_per_sequence=TARGET_NATS, horizon_episodes=EPISODES_OF_CONTROL
@@ -49,6 +50,8 @@ SELECTION: dict[str, AlgorithmConfig] = {
     "rft": RFTConfig(memory_responses=32, **HALVES),
 }
 
+EARLY = "-early"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -57,6 +60,8 @@ class Plan:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     iterations: int = 150
     evaluate_every: int = 5
+    early_iterations: int = 40
+    """Of which every one is evaluated where policies are compared at the same distance."""
     grid: tuple[float, ...] = (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)
     reward: RewardSpec = field(default_factory=RewardSpec)
     size: Size = field(default_factory=Size)
@@ -67,12 +72,18 @@ class Plan:
         common |= {"rewards": (self.reward,), "gold": self.reward.gold, "size": self.size}
         return Arm(experiment=experiment, name=name, algorithm=algorithm, **(common | settings))
 
+    def early(self, experiment: str, name: str, algorithm: AlgorithmConfig, **settings: Any) -> Arm:
+        """Describe the beginning of such an arm once more, evaluated after every iteration."""
+        beginning = {"iterations": self.early_iterations, "evaluate_every": 1}
+        return self.arm(experiment, f"{name}{EARLY}", algorithm, **(settings | beginning))
+
 
 FULL = Plan()
 SLICE = Plan(
     seeds=(1, 2),
     iterations=4,
     evaluate_every=1,
+    early_iterations=2,
     grid=(4e-4, 2e-3),
     reward=RewardSpec(num_pairs=250),
     size=Size(demonstrations=500, sft_epochs=2, heldout_pairs=100, anchors=256),
@@ -93,11 +104,13 @@ def parse(description: str | None, arguments: Sequence[str] | None = None) -> Co
     """Read the command line that all experiments share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slice", action="store_true", help="a reduced version of two minutes, to see that it runs")
-    parser.add_argument("--results", type=Path, help="curves, tables and figures (default: docs/experiments)")
+    parser.add_argument(
+        "--results", type=Path, help="curves, tables and figures; curves there stay (default: runs/laboratory/results)"
+    )
     parser.add_argument("--worlds", type=Path, default=Path("runs/laboratory"), help="policies and reward models")
     parser.add_argument("--processes", type=int, default=PROCESSES, help="arms at a time, on one thread each")
     options = parser.parse_args(arguments)
-    results = options.results or Path("runs/laboratory-slice" if options.slice else "docs/experiments")
+    results = options.results or Path("runs/laboratory-slice" if options.slice else "runs/laboratory/results")
     return Command(
         plan=SLICE if options.slice else FULL,
         places=Places(worlds=options.worlds, results=results),

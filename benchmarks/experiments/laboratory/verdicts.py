@@ -69,8 +69,15 @@ def read_curve(path: Path) -> Curve:
     return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
 
 
+FAR_APART = 0.75
+"""In the square root of nats: between evaluations further apart nothing is read."""
+
+
 def at_kl(curve: Curve, nats: float, *, column: str) -> float:
-    """Read a column where the exact KL first reaches a value, interpolated between evaluations.
+    """Read a column where the exact KL first reaches a value, interpolated between evaluations that are not far apart.
+
+    Gold bends over the square root of KL. A line between evaluations at 0 and at 3 nats would say less of a policy that
+    went there in between than of one that was watched on its way.
 
     Args:
         curve: An arm's.
@@ -78,7 +85,7 @@ def at_kl(curve: Curve, nats: float, *, column: str) -> float:
         column: What to read.
 
     Returns:
-        The column's value; NaN where the KL is never reached.
+        The column's value; NaN where the KL is never reached, or between evaluations further apart than FAR_APART.
     """
     distance, values = curve["kl_exact_nats"], curve[column]
     reached = np.flatnonzero(distance >= nats)
@@ -87,6 +94,8 @@ def at_kl(curve: Curve, nats: float, *, column: str) -> float:
     after = int(reached[0])
     if after == 0:
         return float(values[0])
+    if np.sqrt(distance[after]) - np.sqrt(max(0.0, distance[after - 1])) > FAR_APART:
+        return float("nan")
     share = (nats - distance[after - 1]) / (distance[after] - distance[after - 1])
     return float(values[after - 1] + share * (values[after] - values[after - 1]))
 

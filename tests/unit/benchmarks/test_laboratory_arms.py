@@ -1,6 +1,7 @@
 """Arms: what the learner is given, wrong units, files by settings, and a queue that goes on where it stopped."""
 
 import csv
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ def test_a_curve_begins_at_the_supervised_policy_and_is_the_same_again(world: Wo
     assert first[0]["kl_beta"] == pytest.approx(0.05)
     assert first[2]["kl_exact_nats"] > 1e-4
     assert repr(first) == repr(second)
+    less_often = list(curve(arm(evaluate_every=2), world))
+    assert repr(less_often) == repr(first[::2])
 
 
 def test_arms_of_a_seed_start_alike_whatever_the_algorithm(world: World) -> None:
@@ -87,7 +90,7 @@ DIGESTS = {
     ("ppo", 1e-4, "released"): "22fcce13",
     ("awr", 2.5e-5, None): "8bacaf72",
 }
-"""By algorithm, learning rate and wrong unit: of the curves of seed 1 in docs/experiments/algorithms/raw."""
+"""By algorithm, learning rate and wrong unit: of curves of seed 1 below docs/experiments."""
 
 
 @pytest.mark.parametrize("which", DIGESTS, ids=str)
@@ -115,14 +118,18 @@ def test_a_key_that_came_later_counts_where_it_is_set() -> None:
 def test_the_arms_as_released_whiten_and_repeat_each_minibatch_and_keep_what_else_they_had() -> None:
     command = parse("", [])
     found = {a.name: a for a in algorithms.arms(command, {"apa": 4e-4, "ppo": 1e-4, "awr": 2.5e-5}) if a.seed == 1}
-    assert list(found) == ["apa", "ppo", "awr", "apa-released", "ppo-released"]
+    assert list(found) == ["apa", "ppo", "awr", "apa-early", "ppo-early", "apa-released", "ppo-released"]
+    for name in ("apa", "ppo"):
+        assert found[f"{name}-early"] == replace(found[name], name=f"{name}-early", iterations=40, evaluate_every=1)
     theirs = {"adv_norm": "whiten", "adv_norm_over": "minibatch", "repeat_minibatch": True}
     for name in ("apa", "ppo"):
         plain, released = found[name], found[f"{name}-released"]
-        assert released.algorithm.model_dump() == plain.algorithm.model_dump() | theirs
+        slow = {"kl_controller": plain.algorithm.kl_controller.model_dump() | {"horizon_episodes": 10_000}}
+        settings = plain.algorithm.model_dump() | theirs | (slow if name == "ppo" else {})
+        assert released.algorithm.model_dump() == settings
         assert released.learning_rate == plain.learning_rate
         assert released.digest != plain.digest
-    assert [a.wrong_unit for a in found.values()] == [None, None, None, None, "released"]
+    assert [a.wrong_unit for a in found.values()] == [None] * 6 + ["released"]
 
 
 def test_experiments_share_the_arms_that_they_have_in_common(tmp_path) -> None:

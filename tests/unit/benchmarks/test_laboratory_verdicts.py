@@ -36,10 +36,18 @@ def test_a_claim_is_reproduced_in_all_seeds_or_not_at_all() -> None:
 
 
 def test_values_at_a_distance_are_interpolated_at_the_first_crossing() -> None:
-    assert at_kl(CURVE, 2.0, column="gold") == pytest.approx(1.75)
-    assert at_kl(CURVE, 4.0, column="proxy") == pytest.approx(3.5)
-    assert at_kl(CURVE, 0.0, column="gold") == 0.0
-    assert math.isnan(at_kl(CURVE, 5.1, column="gold"))
+    curve = CURVE | {"kl_exact_nats": np.array([0.0, 0.5, 2.0, 1.8])}
+    assert at_kl(curve, 1.25, column="gold") == pytest.approx(1.5)
+    assert at_kl(curve, 1.25, column="proxy") == pytest.approx(3)
+    assert at_kl(curve, 0.0, column="gold") == 0.0
+    assert math.isnan(at_kl(curve, 2.1, column="gold"))
+
+
+def test_nothing_is_read_between_evaluations_that_are_far_apart() -> None:
+    jumping = {"kl_exact_nats": np.array([0.0, 2.9]), "gold": np.array([0.0, 1.1])}
+    assert math.isnan(at_kl(jumping, 1.0, column="gold"))
+    watched = {"kl_exact_nats": np.array([0.0, 0.4, 1.6, 2.9]), "gold": np.array([0.0, 0.5, 0.9, 1.1])}
+    assert at_kl(watched, 1.0, column="gold") == pytest.approx(0.7)
 
 
 def test_the_end_is_a_mean_of_three_evaluations() -> None:
