@@ -32,6 +32,7 @@ import numpy as np
 from benchmarks.experiments.laboratory import figures, report
 from benchmarks.experiments.laboratory.arms import Arm
 from benchmarks.experiments.laboratory.plan import (
+    ADAPTIVE,
     ALGORITHMS,
     EARLY,
     PUBLISHED_HORIZON,
@@ -80,7 +81,7 @@ def arms(command: Command, rates: dict[str, float]) -> list[Arm]:
             found.append(plan.early(NAME, name, ALGORITHMS[name], learning_rate=rates[name], seed=seed))
         apa, ppo = (tempered(ALGORITHMS[name], **RELEASED) for name in ("apa", "ppo"))
         found.append(plan.arm(NAME, "apa-released", apa, learning_rate=rates["apa"], seed=seed))
-        slow = ppo.kl_controller.model_copy(update={"horizon_episodes": PUBLISHED_HORIZON})
+        slow = ADAPTIVE.model_copy(update={"horizon_episodes": PUBLISHED_HORIZON})
         wrong = {"wrong_unit": "released", "learning_rate": rates["ppo"], "seed": seed}
         found.append(plan.arm(NAME, "ppo-released", tempered(ppo, kl_controller=slow), **wrong))
     return found

@@ -76,8 +76,9 @@ def test_falling_is_strict() -> None:
 
 
 def test_a_learning_rate_is_chosen_by_proxy_at_a_fixed_distance_alone() -> None:
-    better_proxy = CURVE | {"proxy": np.array([0.0, 3.0, 4.0, 3.0]), "gold": np.array([0.0, -9.0, -9.0, -9.0])}
+    worse_proxy = CURVE | {"kl_exact_nats": np.array([0.0, 1.0, 2.5, 4.5])}
+    better_proxy = worse_proxy | {"proxy": np.array([0.0, 3.0, 4.5, 4.0]), "gold": np.array([0.0, -9.0, -9.0, -9.0])}
     never_there = CURVE | {"proxy": np.full(4, 99.0), "kl_exact_nats": np.array([0.0, 0.1, 0.2, 0.3])}
-    assert choose_learning_rate({1e-3: CURVE, 2e-3: better_proxy, 4e-3: never_there}, nats=4.0) == 2e-3
+    assert choose_learning_rate({1e-3: worse_proxy, 2e-3: better_proxy, 4e-3: never_there}, nats=4.0) == 2e-3
     further = never_there | {"kl_exact_nats": np.array([0.0, 0.1, 0.2, 0.4])}
     assert choose_learning_rate({1e-3: never_there, 2e-3: further}, nats=4.0) == 2e-3

@@ -76,8 +76,8 @@ def test_an_arm_runs_and_says_both_golds(way: str, world: World) -> None:
 
 def line(*, harmless: float, other: float, gold: float, furthest: float = 8.0) -> dict[str, np.ndarray]:
     """At 4 nats, halfway, the columns have these values."""
-    kl = np.array([0.0, furthest])
-    rise = np.array([0.0, furthest / 4])
+    kl = np.linspace(0.0, furthest, 17)
+    rise = kl / 4
     return {
         "kl_exact_nats": kl,
         "harmless_sensitive": harmless * rise,
