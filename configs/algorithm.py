@@ -255,7 +255,8 @@ class APAConfig(PolicyGradientBase):
     )
     name: Literal["apa"] = "apa"
     apa_lambda: PositiveFloat = 0.5
-    """The KL weight, in units of the score (one standard deviation of reference samples)."""
+    """The KL weight, in units of the score (one standard deviation of reference samples); with `advantage = grpo`, of
+    the standard deviation among each prompt's own responses."""
     num_epochs: PositiveInt = 2
     value_clip: PositiveFloat | None = None
     """None, and nothing else: APA's critic fits the returns by their squared error."""

@@ -198,9 +198,9 @@ class RunConfig(Section):
             iterations = self.rounds.of(number).iterations
             if algorithm.warmup_iterations >= iterations:
                 raise ValueError(
-                    f"algorithm.critic_warmup_iterations = {algorithm.warmup_iterations} are all {iterations} "
-                    f"iterations of round {number}, so that its policy would never move: use fewer, or more "
-                    "rounds.iterations"
+                    f"algorithm.critic_warmup_iterations = {algorithm.warmup_iterations} takes up all of round "
+                    f"{number}, whose iterations are {iterations}, so that its policy would never move: use fewer, or "
+                    "more rounds.iterations"
                 )
         problem = algorithm.trouble(self.rollout) if isinstance(algorithm, PolicyGradientBase) else None
         if problem is not None:

@@ -99,8 +99,8 @@ _NOTHING_TO_LEARN_FROM = (
         ("algorithm={name: apa, adv_norm: whiten, adv_norm_over: minibatch, minibatch_responses: 1}",),
         "whitens within one response, which subtracts how good the response was",
     ),
-    (("rounds.iterations=2",), "critic_warmup_iterations = 2 are all 2 iterations of round 1, so that its policy"),
-    (("rounds.overrides={'2': {iterations: 1}}",), "are all 1 iterations of round 2"),
+    (("rounds.iterations=2",), "critic_warmup_iterations = 2 takes up all of round 1, whose"),
+    (("rounds.overrides={'2': {iterations: 1}}",), "takes up all of round 2, whose iterations are 1"),
     ((_PPO, "algorithm.critic_warmup_iterations=20"), "would never move: use fewer, or more rounds.iterations"),
 )
 _CORRECTIONS = (
