@@ -8,6 +8,7 @@ from configs.algorithm_base import OF_PPO_ALONE, OF_THE_KL, OF_THE_RATIO, Algori
 from configs.base import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from configs.correction import CorrectionConfig
 from configs.kl import KLControllerConfig, KLEstimator
+from configs.rollout import RolloutConfig
 from configs.selection import SelectionConfig
 
 AdvantageNorm = Literal["none", "batch_std_only", "whiten"]
@@ -91,6 +92,22 @@ class PolicyGradientBase(AlgorithmBase):
         """Iterations at the start in which the policy is left as it is."""
         return self.critic_warmup_iterations if self.has_critic else 0
 
+    def trouble(self, rollout: RolloutConfig) -> str | None:
+        """Say what nothing can be learned by from what is sampled; None where there is no such thing."""
+        alone = "of rollout.responses_per_iteration = 1"
+        if rollout.responses_per_iteration == 1 and self.advantage == "reinforce":
+            return (
+                f"advantage = reinforce compares a response with the mean of its batch, and in a batch {alone} it is "
+                "that mean, so that every advantage is 0: sample more"
+            )
+        if rollout.responses_per_iteration == 1 and dict(self)["adv_norm"] == "whiten":
+            return (
+                f"adv_norm = whiten over a batch {alone} subtracts how good the response was and keeps only how its "
+                "tokens differ: sample more, or use adv_norm = none"
+            )
+        problem = self.correction.trouble(is_truncated=rollout.truncates_distribution)
+        return None if problem is None else f"correction: {problem}"
+
     @model_validator(mode="after")
     def _advantage_knows_its_means(self) -> Self:
         if self.has_critic:
@@ -127,10 +144,15 @@ class PolicyGradientBase(AlgorithmBase):
                 f"adv_norm_over = minibatch says whose moments whitening takes, and adv_norm = {adv_norm} does not "
                 "whiten: use adv_norm = whiten, or adv_norm_over = batch"
             )
-        if self.adv_norm_over == "minibatch" and not self.has_critic and self.minibatch_responses == 1:
+        if self.adv_norm_over == "minibatch" and self.minibatch_responses == 1:
+            lost = (
+                "subtracts how good the response was and keeps only how its tokens differ"
+                if self.has_critic
+                else "leaves nothing to learn, since all tokens of a response have the same advantage"
+            )
             raise ValueError(
-                f"advantage = {self.advantage} gives all tokens of a response the same, so that whitening over a "
-                "minibatch of minibatch_responses = 1 leaves nothing to learn: use more, or adv_norm_over = batch"
+                f"adv_norm_over = minibatch with minibatch_responses = 1 whitens within one response, which {lost}: "
+                "use more, or adv_norm_over = batch"
             )
         if self.repeat_minibatch and self.one_pass:
             raise ValueError(
@@ -233,11 +255,22 @@ class APAConfig(PolicyGradientBase):
     )
     name: Literal["apa"] = "apa"
     apa_lambda: PositiveFloat = 0.5
-    """The KL weight, in units of the score (one standard deviation of reference samples)."""
+    """The KL weight, in units of the score (one standard deviation of reference samples); with `advantage = grpo`, of
+    the standard deviation among each prompt's own responses."""
     num_epochs: PositiveInt = 2
     value_clip: PositiveFloat | None = None
+    """None, and nothing else: APA's critic fits the returns by their squared error."""
     adv_norm: AdvantageNorm = "none"
     """Anything but "none" takes the units from apa_lambda; `whiten` is what the paper's released code does."""
+
+    @model_validator(mode="after")
+    def _critic_is_not_clipped(self) -> Self:
+        if self.value_clip is not None:
+            raise ValueError(
+                f"value_clip = {self.value_clip} has no meaning for this algorithm: APA's critic fits the returns by "
+                "their squared error, and neither the policy's step nor the critic's is clipped; leave it out"
+            )
+        return self
 
 
 class AWRConfig(PenalizedBase):

@@ -22,7 +22,7 @@ from configs.learner import BatchGuardsConfig, LearnerConfig
 from configs.models import ModelsConfig
 from configs.rollout import RolloutConfig
 from configs.rounds import RoundsConfig
-from configs.scoring import HELDOUT, HTTPRewardConfig, ModelRewardConfig, ScoringConfig
+from configs.scoring import TAKEN, HTTPRewardConfig, ModelRewardConfig, ScoringConfig
 from configs.selection import RFTConfig
 from configs.tracking import TrackingConfig
 
@@ -192,6 +192,22 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _something_is_learned(self) -> Self:
+        algorithm = self.algorithm
+        for number in range(1, self.rounds.count + 1):
+            iterations = self.rounds.of(number).iterations
+            if algorithm.warmup_iterations >= iterations:
+                raise ValueError(
+                    f"algorithm.critic_warmup_iterations = {algorithm.warmup_iterations} takes up all of round "
+                    f"{number}, whose iterations are {iterations}, so that its policy would never move: use fewer, or "
+                    "more rounds.iterations"
+                )
+        problem = algorithm.trouble(self.rollout) if isinstance(algorithm, PolicyGradientBase) else None
+        if problem is not None:
+            raise ValueError(f"algorithm.{problem}")
+        return self
+
+    @model_validator(mode="after")
     def _prompts_have_siblings(self) -> Self:
         algorithm, samples = self.algorithm, self.rollout.samples_per_prompt
         if algorithm.compares_by is not None and samples < 2:
@@ -245,8 +261,9 @@ class RunConfig(Section):
         names = [reward.name for reward in self.scoring.rewards]
         if len(set(names)) != len(names):
             raise ValueError(f"scoring.rewards has two rewards of one name: {', '.join(names)}")
-        if HELDOUT in names:
-            raise ValueError(f"scoring.rewards: the name {HELDOUT} is that of the held-out reward model")
+        for name in names:
+            if name in TAKEN:
+                raise ValueError(f"scoring.rewards: the name {name} is {TAKEN[name]}; give it another")
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,11 @@ from configs.base import (
 
 HELDOUT = "heldout"
 """The component that the held-out reward model's scores are recorded as."""
+TAKEN: dict[str, str] = {
+    HELDOUT: "that of the held-out reward model",
+    f"{HELDOUT}_gap": "that of the reward model's score minus the held-out reward model's",
+}
+"""Names that no reward may have, since score/NAME is a metric already -> whose they are."""
 
 
 class ModelRewardConfig(Section):
@@ -136,6 +141,12 @@ class GoldConfig(Section):
     components: dict[str, DottedPath] = {}
     """Further functions, reported as gold/NAME."""
 
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        if "gold" in self.components:
+            raise ValueError("components.gold: gold/gold is the metric of path itself; give it another name")
+        return self
+
 
 class ScoringConfig(Section):
     """The scoring pool: reward-model workers and reference workers, scaled apart."""
@@ -152,7 +163,7 @@ class ScoringConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     rewards: list[RewardConfig] = [ModelRewardConfig()]
     calibration_responses: PositiveInt = 256
-    """Anchor responses that fix the zero and the unit of a new reward model."""
+    """Anchor responses that fix the zero and the unit of a new reward model: two at least."""
     calibration_anchor: Literal["ref_policy", "demonstrations", "responses"] = "ref_policy"
     """Whose responses they are: sampled from the reference policy, taken from `data.demonstrations`, or drawn from
     `data.responses`. The prompts of data reach reward functions without metadata."""
@@ -166,10 +177,29 @@ class ScoringConfig(Section):
     gold: GoldConfig | None = None
 
     @model_validator(mode="after")
+    def _unit_can_be_measured(self) -> Self:
+        if self.calibration_responses < 2:
+            raise ValueError(
+                f"calibration_responses = {self.calibration_responses}: the unit of a reward is the standard deviation "
+                "of its scores, which takes two responses or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gold_stays_out_of_training(self) -> Self:
+        for reward in self.rewards:
+            if self.gold is not None and isinstance(reward, FunctionRewardConfig) and reward.path == self.gold.path:
+                raise ValueError(
+                    f"the reward {reward.name} is scoring.gold.path = {reward.path} itself, which is for evaluation "
+                    "only and could not show over-optimisation of what is trained on: leave out one of the two"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _rewards_can_be_combined(self) -> Self:
         kind, names = self.combine.kind, [reward.name for reward in self.rewards]
         if kind == "linear":
-            return self
+            return self._weights_count()
         if len(names) < 2:
             raise ValueError(f"combine.kind = {kind} needs two rewards or more, and there is {len(names)}")
         for reward in self.rewards:
@@ -194,5 +224,14 @@ class ScoringConfig(Section):
                 raise ValueError(
                     f"combine.kind = safety_first chooses between two rewards, {' and '.join(given)}, but "
                     f"scoring.rewards names {', '.join(names)}"
+                )
+        return self
+
+    def _weights_count(self) -> Self:
+        for reward in self.rewards:
+            if reward.weight == 0:
+                raise ValueError(
+                    f"the weight of {reward.name} is 0, so that it would be asked for every response and change "
+                    "nothing: leave it out, or report a function as one of scoring.gold.components"
                 )
         return self

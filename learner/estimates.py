@@ -159,6 +159,7 @@ def _corrections(responses: ResponseBatch, old_logprobs: Tensor, *, algorithm: P
         settings=algorithm.correction,
     )[responses.mask]
     if isinstance(algorithm, APAConfig | AWRConfig):
-        # Their losses fit targets and have no ratio to complete: the engine's numerics alone are no reason to reweigh.
+        # Their losses fit targets and have no ratio to complete: the engine's numerics alone are no reason to reweigh,
+        # only an older version's samples would be. A run has none of these, so that its configuration refuses a weight.
         return torch.where(responses.on_policy, 1, corrections)
     return corrections

@@ -24,7 +24,8 @@ def loss(
         L_t   = max( -A_t rho_t, -A_t clip(rho_t, 1 - clip_low, 1 + clip_high) )
         L_t   = min( L_t, -dual_clip A_t )  where A_t < 0, if dual_clip is set
 
-    The KL to the reference is in the reward, so `ref_logprobs` does not enter.
+    The KL to the reference is in the reward or, with `kl_in = loss`, a term that the step adds to this loss; in both
+    cases `ref_logprobs` does not enter here.
 
     Source: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), eq. 7; the dual clip: Ye et al.,
     "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning" (2020).

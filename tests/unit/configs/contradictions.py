@@ -88,6 +88,54 @@ _ROUNDS = tuple(
     for name in ("0", "3", "-1", "01", "002", "+1", "1_0", " 1", "1.0", "one", "٢", "²", "9" * 30)
 )
 
+_ALONE = ("rollout.responses_per_iteration=1", "algorithm.minibatch_responses=1")
+_ALLOWED = (_PPO, "rollout.truncated_sampling=allow")
+_NOTHING_TO_LEARN_FROM = (
+    (("algorithm.advantage=reinforce", *_ALONE), "every advantage is 0: sample more"),
+    ((_PPO, "algorithm.advantage=reinforce", *_ALONE), "every advantage is 0: sample more"),
+    ((_PPO, *_ALONE), "adv_norm = whiten over a batch of rollout.responses_per_iteration = 1"),
+    (("algorithm.adv_norm=whiten", *_ALONE), "keeps only how its tokens differ: sample more"),
+    (
+        ("algorithm={name: apa, adv_norm: whiten, adv_norm_over: minibatch, minibatch_responses: 1}",),
+        "whitens within one response, which subtracts how good the response was",
+    ),
+    (("rounds.iterations=2",), "critic_warmup_iterations = 2 takes up all of round 1, whose"),
+    (("rounds.overrides={'2': {iterations: 1}}",), "takes up all of round 2, whose iterations are 1"),
+    ((_PPO, "algorithm.critic_warmup_iterations=20"), "would never move: use fewer, or more rounds.iterations"),
+)
+_CORRECTIONS = (
+    ((_PPO, "algorithm.correction={weight: icepop, low: 1.5}"), "fresh samples, whose ratio is 1: low must be at most"),
+    ((_PPO, "algorithm.correction={weight: sequence_mask, high: 0.9}"), "with low = 0.5 and high = 0.9 would drop"),
+    ((_PPO, "algorithm.correction={weight: clamp, low: 1.1}"), "with low = 1.1 and high = 2.0 would drop or reweigh"),
+    ((_PPO, "algorithm.correction={weight: tis, high: 0.9}"), "weight = tis with high = 0.9 would drop or reweigh"),
+    ((_PPO, "algorithm.correction={weight: tis, low: 0.8}"), "correction: low = 0.8 is not read by weight = tis"),
+    ((_PPO, "algorithm.correction={weight: sequence_tis, low: 0.8}"), "is not read by weight = sequence_tis"),
+    ((_PPO, "algorithm.correction={weight: full, high: 3.0}"), "high = 3.0 is not read by weight = full"),
+    (("algorithm.correction.low=0.8",), "low = 0.8 is not read by weight = none"),
+    *(
+        ((*_ALLOWED, f"algorithm.correction={{{correction}}}", sampling), "no ratio brings back the tokens")
+        for correction, sampling in (
+            ("weight: tis", "rollout.top_p=0.9"),
+            ("weight: full", "rollout.top_k=50"),
+            ("weight: sequence_mask", "rollout.decoding=greedy"),
+            ("old_policy: behavior", "rollout.top_p=0.9"),
+        )
+    ),
+)
+_GOLD = "examples.quickstart.gold:score"
+_NAMED = "scoring.rewards=[{{kind: model}}, {{kind: function, name: {name}, path: 'm:f', weight: {weight}}}]"
+_SCORES = (
+    (("scoring.calibration_responses=1",), "standard deviation of its scores, which takes two responses or more"),
+    ((_NAMED.format(name="f", weight=0.0),), "the weight of f is 0, so that it would be asked"),
+    (("scoring.rewards=[{kind: model, weight: -0.0}]",), "the weight of reward_model is 0"),
+    (
+        (_NAMED.format(name="heldout_gap", weight=1.0),),
+        "the name heldout_gap is that of the reward model's score minus",
+    ),
+    ((f"scoring.rewards=[{{kind: model}}, {{kind: function, name: f, path: '{_GOLD}'}}]",), "for evaluation only"),
+    (("scoring.gold.components={gold: 'm:f'}",), "gold/gold is the metric of path itself"),
+)
+
 _DATA = ("data.responses={source: x.jsonl}", "rollout.source=data")
 _OFFLINE = tuple(
     ((*_DATA, *overrides), message)
@@ -118,6 +166,10 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     *_SAMPLES,
     *_ROUNDS,
     *_OFFLINE,
+    *_NOTHING_TO_LEARN_FROM,
+    *_CORRECTIONS,
+    *_SCORES,
+    (("algorithm={name: apa, value_clip: 0.2}",), "value_clip = 0.2 has no meaning for this algorithm: APA's critic"),
     (("rollout.source=data",), "rollout.source = data needs data.responses"),
     ((*_DATA, "algorithm.truncated_value=drop"), "no response of the data was cut by a sampler"),
     ((*_DATA, "algorithm.truncated_value=bootstrap"), "no response of the data was cut by a sampler"),
@@ -321,7 +373,7 @@ CONTRADICTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
             "rounds.guards.heldout_gap=0.5",
             "rounds.collect.comparisons=0",
             "rounds.overrides={}",
-            "scoring.rewards=[{kind: function, name: f, path: 'examples.quickstart.gold:score'}]",
+            "scoring.rewards=[{kind: function, name: f, path: 'm:f'}]",
             "models.critic.init=policy",
         ),
         "guards.heldout_gap compares",
