@@ -20,7 +20,7 @@ SCORES_ALONE = (
     "rounds.overrides={}",
     "rounds.evaluation.labeler=null",
     "rounds.evaluation.opponents=[sft, best]",
-    "scoring.rewards=[{kind: function, name: gold, path: 'examples.quickstart.gold:score'}]",
+    "scoring.rewards=[{kind: function, name: gold, path: 'examples.quickstart.gold:helpfulness'}]",
     "models.critic.init=policy",
 )
 

@@ -16,7 +16,7 @@ def prompt(name: str) -> Prompt:
 
 
 def test_phases_follow_each_other_to_the_end() -> None:
-    config = load("quickstart", ["rounds.iterations=2"])
+    config = load("quickstart", ["rounds.iterations=2", "algorithm.critic_warmup_iterations=0"])
     state, seen = RunState(), []
     while state.phase is not Phase.DONE:
         seen.append((state.round, state.phase.value, state.policy_version))
