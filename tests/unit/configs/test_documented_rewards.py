@@ -77,7 +77,7 @@ def test_a_snippet_is_loaded_with_all_that_it_says(text: str) -> None:
 
 
 def test_there_are_snippets_of_every_kind_of_reward() -> None:
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 3
     rewards = parse(SNIPPETS[0])["scoring"]["rewards"]
     assert [(r["kind"], r.get("path", "trained")) for r in rewards[:2]] == [
         ("model", "trained"),
