@@ -92,6 +92,9 @@ def calibrate(
 
     Returns:
         Component name -> gain, bias, anchor, number of samples, and the hash of the prompt set.
+
+    Raises:
+        UserError: If a reward gives all responses (almost) the same score.
     """
     sha256 = hashlib.sha256("\n".join(sorted(prompt.prompt_id for prompt in prompts)).encode()).hexdigest()
     result: dict[str, dict[str, Any]] = {}
@@ -102,7 +105,15 @@ def calibrate(
     }
     for name, scores in raw.items():
         if name not in plain:
-            found = scoring.calibrate(scores)
+            try:
+                found = scoring.calibrate(scores)
+            except ValueError as problem:
+                raise UserError(
+                    f"the reward {name} has no unit of its own",
+                    where="scoring.calibration_anchor",
+                    cause=str(problem),
+                    next_step="let it tell responses apart, or give a function or endpoint `normalization: none`",
+                ) from problem
             result[name] = {
                 "gain": found.gain,
                 "bias": found.bias,

@@ -5,13 +5,14 @@ A wrong path, a broken row or a prompt that is too long ends the command within 
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from cluster import fixed_responses, trained_parts
 from cluster.prompts import encode_prompts
 from configs.data import SourceConfig
 from configs.run import RunConfig
-from configs.scoring import FunctionRewardConfig, HTTPRewardConfig
+from configs.scoring import FunctionRewardConfig, HTTPRewardConfig, ModelRewardConfig
 from protocol import datasets
 from protocol.errors import UserError
 from protocol.records import text_of
@@ -40,6 +41,8 @@ def check(config: RunConfig) -> None:
     for reward in config.scoring.rewards:
         if isinstance(reward, HTTPRewardConfig):
             Endpoint(reward.url, where=f"reward {reward.name}", token_env=reward.token_env)
+        elif isinstance(reward, ModelRewardConfig) and reward.path != "trained":
+            _find_model(reward)
     trained_parts.check(config.models)
     tokenizer = _tokenizer(config)
     data, seed = config.data, config.run.seed
@@ -113,6 +116,19 @@ def _import_functions(config: RunConfig) -> None:
         paths |= {"gold": scoring.gold.path, **scoring.gold.components}
     for name, path in paths.items():
         import_function(path, component=name)
+
+
+def _find_model(reward: ModelRewardConfig) -> None:
+    """Find a reward model that is a directory; a hub id is looked up when it is loaded."""
+    path = Path(reward.path)
+    looks_local = path.is_dir() or path.is_absolute() or reward.path.startswith((".", "~")) or len(path.parts) > 2
+    if looks_local and not (path / "config.json").is_file():
+        raise UserError(
+            f"no reward model in {reward.path}",
+            where=f"scoring.rewards, path of {reward.name}",
+            cause=f"there is no {path / 'config.json'}",
+            next_step="name a directory as `rondo export` or save_pretrained writes it, such as RUN/reward_models/v000",
+        )
 
 
 def _tokenizer(config: RunConfig) -> Any:

@@ -44,7 +44,8 @@ class FunctionRewardConfig(Section):
     """Called as f(prompts=[...], responses=[...], finish_reasons=[...], metadata=[...]) -> list of floats."""
     weight: float = 1.0
     normalization: Literal["none", "reference"] = "none"
-    """`reference`: mean 0 and standard deviation 1 on samples of the reference policy, as reward models have."""
+    """`reference`: mean 0 and standard deviation 1 on the anchor responses (`scoring.calibration_anchor`), as reward
+    models have. `none`: the function's own zero and unit, also within a sum."""
 
 
 class HTTPRewardConfig(Section):
@@ -78,7 +79,8 @@ RewardConfig = Annotated[ModelRewardConfig | FunctionRewardConfig | HTTPRewardCo
 
 
 class LinearCombination(Section):
-    """The sum of the scores by weight."""
+    """The sum of the scores by weight. It is not calibrated again: of two calibrated ones with weights 1 its standard
+    deviation is up to 2."""
 
     kind: Literal["linear"] = "linear"
 
@@ -106,7 +108,7 @@ class SafetyFirstCombination(Section):
     """The name of the other."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Safety is at stake where the sigmoid of the calibrated safety score is below this. The score is standardised, so
-    this is no probability of harm: 0.15 is 1.73 standard deviations below the reference policy's mean."""
+    this is no probability of harm: 0.15 is 1.73 standard deviations below the mean on the anchor responses."""
     tag: str = "is_safety"
     """Safety is also at stake where the prompt's column of this name is true; a prompt without it is not tagged."""
 
@@ -122,7 +124,8 @@ class TruncationConfig(Section):
 
     rule: Literal["subtract", "replace", "none"] = "subtract"
     penalty: NonNegativeFloat = 1.0
-    """`subtract`: score - penalty. `replace`: score becomes -penalty. In standard deviations of the score."""
+    """`subtract`: score - penalty. `replace`: score becomes -penalty. In units of the combined score, before `scale`:
+    standard deviations on the anchor responses where there is one calibrated reward of weight 1."""
 
 
 class LengthConfig(Section):
@@ -131,7 +134,7 @@ class LengthConfig(Section):
     buffer_tokens: PositiveInt
     """So many tokens before `rollout.max_response_tokens` it begins to cost."""
     penalty: PositiveFloat = 1.0
-    """What is subtracted at the limit, in standard deviations of the score."""
+    """What is subtracted at the limit, in the unit of `truncation.penalty`."""
 
 
 class GoldConfig(Section):
@@ -163,17 +166,20 @@ class ScoringConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     rewards: list[RewardConfig] = [ModelRewardConfig()]
     calibration_responses: PositiveInt = 256
-    """Anchor responses that fix the zero and the unit of a new reward model: two at least."""
+    """Anchor responses, at most and two at least, that fix the zero and the unit of every reward without
+    `normalization: none`."""
     calibration_anchor: Literal["ref_policy", "demonstrations", "responses"] = "ref_policy"
-    """Whose responses they are: sampled from the reference policy, taken from `data.demonstrations`, or drawn from
-    `data.responses`. The prompts of data reach reward functions without metadata."""
+    """Whose responses they are: sampled from the supervised policy (version 0, whatever `models.reference` names),
+    taken from `data.demonstrations`, or drawn from `data.responses`. The prompts of data reach reward functions without
+    metadata."""
     combine: CombineConfig = LinearCombination()
-    """How several rewards become one score. All are kept beside it."""
+    """How several rewards become one score, which is not calibrated again. All are kept beside it."""
     length: LengthConfig | None = None
     truncation: TruncationConfig = TruncationConfig()
     clip: PositiveFloat | None = None
-    """Clip the combined score to +- so many standard deviations."""
+    """Clip the combined score to +- so much, after the charges and in their unit (`truncation.penalty`)."""
     scale: PositiveFloat = 1.0
+    """Factor on the score in the end; `kl_beta` and `apa_lambda` are in units of the result, per nat."""
     gold: GoldConfig | None = None
 
     @model_validator(mode="after")

@@ -84,3 +84,10 @@ def test_one_demonstration_is_no_anchor(tmp_path: Path) -> None:
             "data.demonstrations=null",
             "models.policy={path: somewhere}",
         )
+
+
+def test_a_reward_that_tells_nothing_apart_is_named(tmp_path: Path) -> None:
+    prompts = [Prompt(prompt_id="p", token_ids=np.array([1], np.int32), text="")]
+    with pytest.raises(UserError, match="the reward flat has no unit of its own") as caught:
+        calibration.calibrate({"flat": np.ones(4, np.float32)}, config_with(tmp_path, ROWS), prompts=prompts)
+    assert "scores that differ" in str(caught.value)

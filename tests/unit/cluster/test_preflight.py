@@ -1,6 +1,7 @@
 """What is looked at before anything starts: that policies are judged on prompts which they have not learned from."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +50,17 @@ def test_a_fixed_set_is_looked_at_like_the_rest() -> None:
 def test_the_quickstart_is_apart(caplog: pytest.LogCaptureFixture) -> None:
     preflight.check(load("quickstart", [*TINY]))
     assert "held out" not in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "./nowhere", "runs/other/reward_models/v000"])
+def test_a_reward_model_that_is_not_there_is_missed_before_the_run(path: str) -> None:
+    config = load("quickstart", [*TINY, f"scoring.rewards=[{{kind: model, name: theirs, path: {path}}}]"])
+    with pytest.raises(UserError, match="no reward model in") as caught:
+        preflight.check(config)
+    assert "path of theirs" in str(caught.value)
+
+
+def test_a_reward_model_that_is_there_and_one_of_a_hub_are_left_to_who_loads_them(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for path in (tmp_path, "owner/model"):
+        preflight.check(load("quickstart", [*TINY, f"scoring.rewards=[{{kind: model, name: theirs, path: {path}}}]"]))

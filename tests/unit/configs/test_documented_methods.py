@@ -1,7 +1,6 @@
 """docs/methods.md: its commands are taken as they stand, and it names every method, every key and every metric."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -10,20 +9,19 @@ from configs.algorithm import PolicyGradientBase, PPOConfig
 from configs.load import load
 from configs.selection import DPOConfig, RFTConfig
 from protocol import metrics
-from tests.command_line import command
+from tests.documentation import commands, dry_run, page
 
-TEXT = (Path(__file__).parents[3] / "docs" / "methods.md").read_text()
-COMMANDS = re.findall(r"^rondo (.+)$", TEXT, flags=re.MULTILINE)
+TEXT = page("methods.md")
+COMMANDS = commands(TEXT)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_is_accepted_as_it_stands(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ended = command(*shlex.split(line), "--dry-run")
-    assert ended.code == 0, ended.err
+    said = dry_run(line)
     name = re.search(r"algorithm\.name=(\w+)", line)
     assert name is not None
-    assert f"algorithm {name[1]}," in ended.out
+    assert f"algorithm {name[1]}," in said
 
 
 def test_there_is_a_command_for_each_kind_of_method() -> None:
