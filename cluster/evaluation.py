@@ -29,22 +29,6 @@ class Evaluation:
     response_tokens: dict[str, int]
     """Prompt id -> length of the response."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Write the evaluation as plain JSON values."""
-        return {
-            "policy_version": self.policy_version,
-            "judge": self.judge,
-            "judged": self.judged,
-            "components": self.components,
-            "response_tokens": self.response_tokens,
-            "summary": self.summary,
-        }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Evaluation":
-        """Read what `to_json` wrote."""
-        return cls(**values)
-
 
 def sample(
     rollouts: RolloutPool, prompts: Sequence[Prompt], config: RunConfig, *, policy_version: int
