@@ -36,6 +36,10 @@ def response_length(*, responses: list[str], **batch: object) -> list[float]:
     return [float(len(response)) for response in responses]
 
 
+def twice_the_length(**columns: list[str]) -> list[float]:
+    return [2 * length for length in response_length(**columns)]
+
+
 def nan_on_third(*, prompts: list[str], **batch: object) -> list[float]:
     return [math.nan if prompt == "prompt 2" else 0.0 for prompt in prompts]
 
@@ -140,7 +144,7 @@ def test_scores_are_the_calibrated_logits(
             FunctionRewardConfig(name="length", path=f"{HERE}:response_length", weight=0.01),
         ],
         truncation=TruncationConfig(rule="subtract", penalty=1.5),
-        gold=GoldConfig(path=f"{HERE}:response_length", components={"again": f"{HERE}:response_length"}),
+        gold=GoldConfig(path=f"{HERE}:twice_the_length", components={"again": f"{HERE}:response_length"}),
     )
     pool = start(config, policy, tmp_path, trained=reward_model)
     refs = [RolloutRef(ray.put((rollout,)), 0) for rollout in rollouts]
@@ -156,7 +160,8 @@ def test_scores_are_the_calibrated_logits(
     assert result.components["length"].tolist() == lengths
     expected = 2.0 * (GAIN * logits + BIAS) + 0.01 * np.array(lengths) - penalty
     np.testing.assert_allclose(result.scores, expected, atol=1e-4)
-    assert result.gold["gold"].tolist() == result.gold["again"].tolist() == lengths
+    assert result.gold["again"].tolist() == lengths
+    assert result.gold["gold"].tolist() == [2 * length for length in lengths]
     assert result.busy_s > 0
 
     raw: Any = ray.get(pool.raw_scores.remote(refs), timeout=60)
