@@ -180,13 +180,14 @@ def test_v8h_limit_of_a_bandit(vectors, key: str, lam: float):
         (gradient,) = torch.autograd.grad(of(logprobs, pi_init.log(), advantages, pi, lam)[0], logits)
         logits.data -= 0.2 * gradient
     found = logits.detach()
-    close(found.softmax(0), v[key]["pi"], atol=1e-3)
-    close(exact(found, pi_init.log()), v[key]["KL"], atol=5e-3)
+    close(found.softmax(0), v[key]["pi"], atol=1e-5)
+    close(exact(found, pi_init.log()), v[key]["KL"], atol=1e-4)
     if key.startswith("whiten"):
         # Whitening divides by the spread under the policy: lambda counts for less, the surer the policy is.
         pi = found.softmax(0)
         spread = (pi * (rewards - (pi * rewards).sum()).square()).sum().sqrt()
-        close(lam * spread, v[key]["beta_eff"], atol=1e-3)
+        # Half of lambda has none left in the end, and is not there yet.
+        close(lam * spread, v[key]["beta_eff"], atol=1e-5 if lam == 1 else 1e-3)
 
 
 @given(batches())
