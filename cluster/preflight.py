@@ -127,7 +127,7 @@ def _find_model(reward: ModelRewardConfig) -> None:
             f"no reward model in {reward.path}",
             where=f"scoring.rewards, path of {reward.name}",
             cause=f"there is no {path / 'config.json'}",
-            next_step="name a directory as `rondo export` or save_pretrained writes it, such as RUN/reward_models/v000",
+            next_step="name a directory as save_pretrained writes it, such as RUN/reward_models/v000",
         )
 
 

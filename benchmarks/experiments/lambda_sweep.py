@@ -32,7 +32,7 @@ def main() -> None:
         *(figures.against_steps(column) for column in ("gold", "proxy", "kl_exact_nats", "beta_eff")),
         *(figures.against_distance(column) for column in ("gold", "proxy")),
     ]
-    figures.save(directory / f"{NAME}.png", {n: list(c.values()) for n, c in curves.items()}, panels)
+    figures.save(directory / f"{NAME}.png", report.whole_runs(curves), panels)
 
 
 def arms(command: Command, learning_rate: float) -> list[Arm]:

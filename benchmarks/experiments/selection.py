@@ -56,8 +56,7 @@ def main() -> None:
         *(figures.against_steps(column) for column in ("kl_exact_nats", "gold", "proxy")),
         figures.against_steps("entropy_nats_per_token"),
     ]
-    shown = {name: list(by_seed.values()) for name, by_seed in curves.items() if not name.endswith(EARLY)}
-    figures.save(directory / f"{NAME}.png", shown, panels)
+    figures.save(directory / f"{NAME}.png", report.whole_runs(curves), panels)
 
 
 def arms(command: Command, rates: dict[str, float]) -> list[Arm]:

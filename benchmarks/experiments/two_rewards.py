@@ -48,7 +48,7 @@ def main() -> None:
         *(figures.against_distance(column) for column in GOLDS),
         *(figures.against_steps(column) for column in ("harmless_sensitive", "helpful_other", "kl_exact_nats")),
     ]
-    figures.save(directory / f"{NAME}.png", {n: list(c.values()) for n, c in curves.items()}, panels)
+    figures.save(directory / f"{NAME}.png", report.whole_runs(curves), panels)
 
 
 def arms(command: Command, learning_rate: float) -> list[Arm]:

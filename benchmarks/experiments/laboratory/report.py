@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.experiments.laboratory.arm_queue import run_all
 from benchmarks.experiments.laboratory.arms import Arm
-from benchmarks.experiments.laboratory.plan import Command, write_table
+from benchmarks.experiments.laboratory.plan import EARLY, Command, write_table
 from benchmarks.experiments.laboratory.verdicts import Claim, Curve, at_kl, last, read_curve
 
 BySeed = dict[int, Curve]
@@ -27,6 +27,11 @@ def run(arms: Sequence[Arm], command: Command) -> dict[str, BySeed]:
     for arm in arms:
         curves.setdefault(arm.name, {})[arm.seed] = read_curve(command.places.results / arm.file)
     return curves
+
+
+def whole_runs(curves: Mapping[str, BySeed]) -> dict[str, list[Curve]]:
+    """List what figures show of each arm: all seeds, and no beginning that was run once more."""
+    return {name: list(by_seed.values()) for name, by_seed in curves.items() if not name.endswith(EARLY)}
 
 
 def summary(curves: Mapping[str, BySeed]) -> list[dict[str, Any]]:

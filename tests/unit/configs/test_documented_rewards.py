@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.special import ndtri
 
 from configs.learner import RewardModelTrainingConfig
 from configs.load import ConfigError, load
@@ -105,7 +106,7 @@ def test_every_rule_and_every_loss_has_its_line() -> None:
 def test_the_table_of_units_is_that_of_independent_normal_scores() -> None:
     # Both scores at the middles of equally likely bins: every pair of them, so neither drawn nor correlated.
     bins = (np.arange(1500) + 0.5) / 1500
-    normal = np.sqrt(2) * np.array([_inverse_erf(2 * p - 1) for p in bins])
+    normal = ndtri(bins)
     a, b = (grid.ravel() for grid in np.meshgrid(normal, normal))
     both = {"a": a, "b": b}
     unrelated = linear(both, weights={"a": 1.0, "b": 1.0})
@@ -117,14 +118,6 @@ def test_the_table_of_units_is_that_of_independent_normal_scores() -> None:
     assert f"| `safety_first`, the same, no prompt tagged | {gated.mean():.2f} | {gated.std():.2f} |" in TEXT
     np.testing.assert_allclose(mean_minus_std(both, num_stds=1.0), worst, atol=1e-12)
     assert f"{-math.log(0.15 / 0.85):.2f} deviations below" in TEXT
-
-
-def _inverse_erf(y: float) -> float:
-    low, high = -6.0, 6.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if math.erf(middle) < y else (low, middle)
-    return (low + high) / 2
 
 
 def test_the_metrics_and_figures_that_it_speaks_of_exist() -> None:
